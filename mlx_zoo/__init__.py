@@ -1,1 +1,12 @@
+"""Famous pretrained networks for Apple's MLX: one line loads the original weights, verified."""
+
+from mlx_zoo.backend.blas import load_fast_blas
+
+load_fast_blas()  # before anything imports mlx.core: afterwards it would have no effect
+
+from mlx_zoo import errors
+from mlx_zoo.registry import list_models
+from mlx_zoo.zoo import convert, export, load
+
 __version__ = "0.1.0"
+__all__ = ["convert", "errors", "export", "list_models", "load"]

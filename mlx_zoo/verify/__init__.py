@@ -1,0 +1,199 @@
+"""Does a network compute what its PyTorch original computes? Layer by layer, with figures."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_zoo import describe, registry, zoo
+from mlx_zoo.describe import Place, as_source
+from mlx_zoo.errors import MissingDependency, VerificationError
+from mlx_zoo.hub import cache
+from mlx_zoo.hub.checkpoint import read_state_dict
+from mlx_zoo.hub.fetch import fetch_weights
+from mlx_zoo.hub.source import HubSource
+from mlx_zoo.mapping import engine
+from mlx_zoo.mapping.layout import channels_last
+from mlx_zoo.preprocess.image import preprocess
+from mlx_zoo.verify import compare, reference
+from mlx_zoo.verify.report import HALF_TOLERANCE, TOLERANCE, Report
+from mlx_zoo.verify.report import compare as compared
+
+__all__ = ["Report", "verify"]
+
+
+def verify(
+    model: str | os.PathLike[str] | nn.Module,
+    pretrained: bool | str | os.PathLike[str] = True,
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **options,
+) -> Report:
+    """Compare a network with its PyTorch original on seeded inputs, in real float32.
+
+    The original runs in float32 and in float64, which is the truth. Where PyTorch is not installed
+    and the checkpoint has stored outputs of the original, those are the evidence instead.
+
+    Args:
+        model: a name as `load` takes it, or a loaded network, changed or not.
+        pretrained, **options: as `load` takes them, where a name is given.
+        size: side of the images (None: as published) or number of tokens (64).
+        seed: of the inputs.
+        device: "cpu", or "gpu" for the default device, whose float32 may not be real float32.
+
+    Returns:
+        A Report; `.passed` says whether it is the same network, `.first_divergence` where not.
+
+    Raises:
+        MissingDependency: PyTorch is needed and not installed.
+        VerificationError: there is nothing to compare with.
+    """
+    place = Place(cache_dir, local_files_only)
+    if not isinstance(model, nn.Module):
+        model = zoo.load(
+            model, pretrained, cache_dir=cache_dir, local_files_only=local_files_only, **options
+        )
+    checkpoint = model.checkpoint
+    if checkpoint is None:
+        raise VerificationError("this network has random weights: there is nothing to compare with")
+    training = model.training
+    model.eval()
+    try:
+        with mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
+            if _can_run_original(checkpoint):
+                return _against_original(model, place, size, seed, device)
+            return _against_stored(model, device)
+    finally:
+        model.train(training)
+
+
+def _can_run_original(checkpoint) -> bool:
+    original = checkpoint.reference
+    if original is not None and reference.is_installed(original.library):
+        return True
+    if checkpoint.evidence:
+        return False
+    library = f" and {original.library}" if original else ""
+    raise MissingDependency(
+        f"verifying {checkpoint.name} needs torch{library}: pip install \"mlx-zoo[torch]\""
+    )
+
+
+def _against_original(
+    model: nn.Module, place: Place, size: int | None, seed: int, device: str
+) -> Report:
+    checkpoint, config = model.checkpoint, model.config
+    architecture = registry.of_model(model)
+    if size is None:
+        published = checkpoint.preprocessing.size if checkpoint.preprocessing else 224
+        size = published if architecture.inputs == "images" else 64
+    inputs = compare.random_inputs(architecture.inputs, config, size, seed)
+
+    source = as_source(checkpoint.source)
+    if isinstance(source, HubSource) and checkpoint.revision:
+        source = HubSource(source.repo, checkpoint.revision)
+    fetched = fetch_weights(source, **place.options)
+    files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
+    original = reference.build(checkpoint, config, files, list(fetched.sha256))
+
+    pairs = _paired_layers(model, architecture.dialects[checkpoint.dialect], original)
+    outputs, layers = compare.run(model, inputs, {ours for ours, *_ in pairs})
+    upstream = {theirs for _, theirs, _ in pairs}
+    single_out, single = reference.run(original, inputs, upstream, double=False)
+    double_out, double = reference.run(original, inputs, upstream, double=True)
+
+    tolerance = _tolerance(model)
+    modules = dict(model.named_modules())
+    theirs_of = {ours: (theirs, part) for ours, theirs, part in pairs}
+    rows = []
+    for ours, values in layers.items():
+        theirs, (part, parts) = theirs_of[ours]
+        pieces = [
+            np.split(channels_last(x[theirs], modules[ours]), parts, axis=-1)[part].reshape(values.shape)
+            for x in (single, double)
+        ]
+        rows.append(compared(ours, values, *pieces, tolerance))
+    if outputs.keys() != single_out.keys():
+        raise VerificationError(
+            f"the network returns {', '.join(outputs)}, its original {', '.join(single_out)}"
+        )
+    return Report(
+        name=checkpoint.name,
+        evidence=f"{checkpoint.reference.library} in float32 and float64",
+        outputs=tuple(
+            compared(name, x, single_out[name], double_out[name], tolerance)
+            for name, x in outputs.items()
+        ),
+        layers=tuple(rows),
+        device=device,
+        seed=seed,
+        inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
+        versions={**cache.versions(), **reference.versions(checkpoint.reference.library)},
+    )
+
+
+def _paired_layers(model, spec, original) -> list[tuple[str, str, tuple[int, int]]]:
+    """(our layer, the original's layer, which part of how many of it), for layers with weights."""
+    there = dict(original.named_modules())
+    pairs = []
+    for upstream, ours in engine.layer_links(model, spec).items():
+        names = [name for name in there if name == upstream or name.endswith("." + upstream)]
+        for part, name in enumerate(ours):
+            if names and name:
+                pairs.append((name, min(names, key=len), (part, len(ours))))
+    return pairs
+
+
+def _against_stored(model: nn.Module, device: str) -> Report:
+    """Against outputs of the original, in float64, that were stored when it could be run."""
+    checkpoint = model.checkpoint
+    stored = {
+        name: np.array(x, copy=True)
+        for name, x in read_state_dict([as_source(checkpoint.evidence).path]).items()
+    }
+    images = stored["images"]
+    layers = [name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")]
+    inputs = {"pixel_values": preprocess(list(images), checkpoint.preprocessing)}
+    tolerance = _tolerance(model)
+    outputs, _ = compare.run(model, inputs, ())
+    few = {"pixel_values": inputs["pixel_values"][: len(stored["reference_inputs"])]}
+    _, seen = compare.run(model, few, layers)
+    rows = []
+    for name, values in seen.items():
+        sample = values.reshape(-1)[stored[f"layer.{name}.index"]]
+        row = compared(
+            name, sample, stored[f"layer.{name}.torch32"], stored[f"layer.{name}.sample"], tolerance
+        )
+        rows.append(replace(row, scale=float(stored[f"layer.{name}.scale"][0])))
+    return Report(
+        name=checkpoint.name,
+        evidence="stored outputs of the PyTorch original, in float32 and float64",
+        outputs=(
+            compared(
+                "output",
+                outputs["output"],
+                stored["logits_torch32"],
+                stored["logits"],
+                tolerance,
+            ),
+        ),
+        layers=tuple(rows),
+        device=device,
+        seed=None,
+        inputs=f"{len(images)} held-out images",
+        versions=cache.versions(),
+    )
+
+
+def _tolerance(model: nn.Module) -> float:
+    kinds = {x.dtype for _, x in tree_flatten(model.parameters())}
+    return TOLERANCE if kinds <= {mx.float32} else HALF_TOLERANCE

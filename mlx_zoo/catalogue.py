@@ -1,0 +1,175 @@
+"""The values that describe what there is to load: checkpoints and architectures."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_zoo.mapping.spec import Spec
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are prepared for a network, as its publisher did when measuring accuracy."""
+
+    size: int  # of the square that the network sees, in pixels
+    resize: int  # of the shorter side, before the centre is cropped to `size`
+    interpolation: str = "bilinear"  # or "bicubic", "lanczos"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # subtracted from values in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    test_size: int | None = None  # a larger size at which the publisher also measured
+    test_resize: int | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The PyTorch original: a library's own constructor. `name` may be chosen by task."""
+
+    library: str  # "torchvision", "timm" or "transformers"
+    name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Published weights of an architecture, and everything one must know to use and trust them."""
+
+    name: str  # "resnet50.tv2_in1k"
+    architecture: str  # "resnet"
+    config: Any  # the architecture's frozen config, as the weights need it
+    source: str  # where the bytes are: see mlx_zoo.hub.source
+    dialect: str | None = None  # of the architecture's; None: the one that covers the file exactly
+    reference: Reference | None = None
+    evidence: str | None = None  # stored outputs of the original, where it cannot be run
+    task: str | None = None  # the task whose head the weights carry, where the publisher says
+    sha256: str | None = None  # of the file; at least its first 8 digits
+    revision: str | None = None  # the commit, once it is known
+    license: str | None = None
+    num_params: int | None = None  # as published
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # {"acc1": 69.758}: ImageNet, %
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] = ()
+    paper: str | None = None
+    aliases: tuple[str, ...] = ()
+    default: bool = False  # what the bare name of the variant means
+
+    @property
+    def variant(self) -> str:
+        """The name without its tag: 'resnet50'."""
+        return self.name.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of networks: one native module and the dialects in which its weights come."""
+
+    name: str
+    model: type[nn.Module]
+    variants: Mapping[str, Any]  # name -> frozen config
+    dialects: Mapping[str, Spec]  # publisher (and what sets it apart) -> Spec
+    inputs: str  # "images" or "tokens"
+    tasks: tuple[str, ...]
+    model_type: str | None = None  # in transformers' config.json
+    read_config: Callable[[Mapping[str, Any]], Any] | None = None  # config.json -> config
+    classes: Mapping[str, str | None] = field(default_factory=dict)  # transformers' -> task
+    # What a repository's other files say: which are wanted next, given those in hand; and
+    # the config as they complete it.
+    files: Callable[[Any, Mapping[str, Path]], tuple[str, ...]] = lambda config, files: ()
+    read_files: Callable[[Any, Mapping[str, Path]], Any] = lambda config, files: config
+    # Folders with further weights -> what their tensors' names begin with.
+    parts: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    # What only the weights show (a pooler, say): config, names of the tensors -> config.
+    fit: Callable[[Any, frozenset[str]], Any] = lambda config, names: config
+    # Whether a checkpoint may have the head of a task with so many classes.
+    keeps_head: Callable[[Checkpoint, str | None, int | None], bool] = (
+        lambda checkpoint, task, num_classes: num_classes in (None, checkpoint.config.num_classes)
+    )
+    without_head: Callable[[Any], Any] = lambda config: config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when any dialect changes, and with it what a conversion yields."""
+        text = "".join(spec.fingerprint for spec in self.dialects.values())
+        return sha256(text.encode()).hexdigest()[:16]
+
+
+def read_table(path: Path, architecture: str, config: Callable[[str, int, int], Any]):
+    """The checkpoints of a tab-separated table beside a spec file.
+
+    `config(variant, num_classes, in_chans)` gives the config. Empty cells mean "not published".
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple(
+            _checkpoint(row, architecture, config) for row in csv.DictReader(file, delimiter="\t")
+        )
+
+
+def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
+    variant = row["name"].partition(".")[0]
+    num_classes = int(row["num_classes"])
+    resize = row["resize"] and int(row["resize"])
+    size = int(row["size"])
+    test_size = int(row["test_size"]) if row["test_size"] else None
+    return Checkpoint(
+        name=row["name"],
+        architecture=architecture,
+        config=config(variant, num_classes, 3),
+        source=row["source"],
+        dialect=row["library"],
+        reference=Reference(row["library"], variant),
+        task="image-classification" if num_classes else None,
+        sha256=row["sha256"] or None,
+        license=row["license"] or None,
+        num_params=int(row["params"]),
+        accuracy={k: float(row[k]) for k in ("acc1", "acc5") if row[k]},
+        preprocessing=Preprocessing(
+            size=size,
+            resize=resize or _timm_resize(size, row["crop_pct"]),
+            interpolation=row["interpolation"],
+            mean=_numbers(row["mean"]),
+            std=_numbers(row["std"]),
+            test_size=test_size,
+            test_resize=test_size and _timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
+        ),
+        aliases=tuple(row["aliases"].split()),
+        default=row["default"] == "1",
+    )
+
+
+def _timm_resize(size: int, crop_pct: str) -> int:
+    """timm resizes so that the crop is `crop_pct` of the shorter side."""
+    return math.floor(size / float(crop_pct))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def num_labels(config: Mapping[str, Any]) -> int:
+    """How many labels a transformers config.json has; 2 where it says nothing, as there."""
+    return int(config.get("num_labels") or len(config.get("id2label") or ()) or 2)
+
+
+def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The label names of a transformers config.json, in order; () where it has none."""
+    names = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    return tuple(names[i] for i in sorted(names)) if sorted(names) == [*range(len(names))] else ()
+
+
+def config_from(kind: type, values: Mapping[str, Any]) -> Any:
+    """A frozen config out of JSON's types, lists becoming tuples. ValueError for unknown fields."""
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(
+            f"{', '.join(unknown)}: not an option of {kind.__name__}, which has "
+            f"{', '.join(sorted(known))}"
+        )
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

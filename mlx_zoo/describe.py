@@ -1,0 +1,262 @@
+"""What a repository or folder says of itself -> Checkpoint. And a Checkpoint -> JSON and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_zoo import registry
+from mlx_zoo.catalogue import (
+    Architecture,
+    Checkpoint,
+    Preprocessing,
+    Reference,
+    config_from,
+    labels,
+)
+from mlx_zoo.errors import CheckpointError, UnknownModel, UnsupportedConfig
+from mlx_zoo.hub import cache
+from mlx_zoo.hub.fetch import fetch_files
+from mlx_zoo.hub.source import (
+    DirectorySource,
+    FileSource,
+    HubSource,
+    Source,
+    UrlSource,
+    parse_source,
+)
+from mlx_zoo.preprocess.sentence import sentence_files
+from mlx_zoo.preprocess.text import TOKENIZER_FILES
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files are kept, and whether the network may be asked."""
+
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    @property
+    def root(self) -> Path:
+        return cache.cache_root(self.cache_dir)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the functions of hub.fetch take them."""
+        directory = None if self.cache_dir is None else Path(self.cache_dir)
+        return {"cache_dir": directory, "local_files_only": self.local_files_only}
+
+
+def find(name: str | os.PathLike[str], revision: str | None, place: Place) -> Checkpoint:
+    """The checkpoint that a user names: of the registry, of the hub, or of a folder.
+
+    Raises UnknownModel, UnsupportedConfig, DownloadError; ValueError for a bare file.
+    """
+    source = parse_source(name, revision)
+    if source is None:
+        checkpoint = registry.find(os.fspath(name))
+        if revision is not None:
+            checkpoint = replace(checkpoint, source=f"{checkpoint.source}@{revision}")
+            as_source(checkpoint.source)  # refuses where there are no revisions
+        return checkpoint
+    if isinstance(source, (FileSource, UrlSource)):
+        raise ValueError(
+            f"{name} does not say which architecture it is for: load('resnet18', pretrained={os.fspath(name)!r})"
+        )
+    known = registry.of_repository(source.repo) if isinstance(source, HubSource) else None
+    return replace(known, source=str(source)) if known else read(source, place)
+
+
+def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
+    """A checkpoint of the registry, as its own repository's config.json describes it today."""
+    if not checkpoint.source.startswith("hf-hub:"):
+        return checkpoint
+    if checkpoint.reference is None or checkpoint.reference.library != "transformers":
+        return checkpoint
+    own = read(as_source(checkpoint.source), place)
+    task = checkpoint.task if own.task is None else own.task
+    return replace(checkpoint, config=own.config, labels=own.labels, task=task)
+
+
+def with_weights_of(checkpoint: Checkpoint, other: str | os.PathLike[str]) -> Checkpoint:
+    """`checkpoint` with the weights of a local file or another source: what was published of it,
+    its hash included, does not hold for them."""
+    source = parse_source(other)
+    if source is None:
+        raise ValueError(
+            f"pretrained={other!r}: True, the path of a checkpoint, or a source is needed"
+        )
+    return Checkpoint(
+        name=checkpoint.variant,
+        architecture=checkpoint.architecture,
+        config=checkpoint.config,
+        source=str(source),
+        reference=checkpoint.reference,
+        preprocessing=checkpoint.preprocessing,
+    )
+
+
+def as_source(text: str) -> Source:
+    """The source that a checkpoint names; `package:` is what ships with mlx_zoo."""
+    if text.startswith("package:"):
+        return FileSource(DATA / text.removeprefix("package:"))
+    source = parse_source(text)
+    if source is None:
+        raise UnknownModel(
+            "there are no published weights of this architecture; give a checkpoint: "
+            "load(name, pretrained='file.pth'), or one of mlx_zoo.list_models(pretrained=True)"
+        )
+    return source
+
+
+def read(source: Source, place: Place) -> Checkpoint:
+    """What a repository or folder says of itself."""
+    fetched = fetch_files(
+        source, (), optional=("config.json", cache.MANIFEST), **place.options
+    )
+    files = fetched.files
+    if isinstance(source, DirectorySource) and is_converted(source.path):
+        return from_json(read_json(files[cache.MANIFEST]))[0]
+    if "config.json" not in files:
+        raise CheckpointError(
+            f"{source} has no config.json, so its architecture is unknown: "
+            "load(architecture, pretrained=...) reads bare weights"
+        )
+    config = read_json(files["config.json"])
+    name = source.repo if isinstance(source, HubSource) else str(source)
+    checkpoint = _of_timm(config, name) if "architecture" in config else _of_transformers(config, name)
+    return replace(checkpoint, source=str(source))
+
+
+def files_of(
+    source: Source, architecture: Architecture, config: Any, place: Place
+) -> Mapping[str, Path]:
+    """The files that complete a config, as the architecture asks for them."""
+    files: dict[str, Path] = {}
+    asked: set[str] = set()
+    while names := set(architecture.files(config, files)) - asked:
+        asked |= names
+        files |= fetch_files(source, (), optional=sorted(names), **place.options).files
+    return files
+
+
+def companions(
+    checkpoint: Checkpoint, architecture: Architecture, place: Place
+) -> Mapping[str, Path]:
+    """The files beside the weights that their use needs: config.json, the tokenizer's."""
+    source = as_source(checkpoint.source)
+    if not isinstance(source, (HubSource, DirectorySource)):
+        return {}
+    if isinstance(source, HubSource):
+        source = replace(source, revision=checkpoint.revision or source.revision)
+    names = TOKENIZER_FILES if architecture.inputs == "tokens" else ("config.json",)
+    files = dict(fetch_files(source, (), optional=names, **place.options).files)
+    if architecture.inputs == "tokens":
+        for _ in range(2):  # modules.json, then what it lists
+            more = sentence_files(files.get("modules.json"))
+            files |= fetch_files(source, (), optional=more, **place.options).files
+    return files
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds weights in MLX's layout, as `mlx_zoo.convert` writes them."""
+    path = folder / cache.MANIFEST
+    return path.is_file() and {"format", "checkpoint", "config"} <= read_json(path).keys()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object out of a JSON file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, where an object belongs")
+    return value
+
+
+def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
+    kind = config.get("model_type")
+    for architecture in registry.architectures().values():
+        if kind is not None and kind == architecture.model_type:
+            break
+    else:
+        known = sorted(a.model_type for a in registry.architectures().values() if a.model_type)
+        raise UnsupportedConfig(
+            f"{name}: model_type={kind!r} in config.json is not implemented; {', '.join(known)} are"
+        )
+    classes = config.get("architectures") or [None]
+    if classes[0] is not None and classes[0] not in architecture.classes:
+        raise UnsupportedConfig(f"{name}: {classes[0]} in config.json is not implemented")
+    try:
+        own = architecture.read_config(config)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
+    return Checkpoint(
+        name=name,
+        architecture=architecture.name,
+        config=own,
+        source="",
+        dialect="transformers",
+        reference=Reference("transformers"),
+        task=architecture.classes.get(classes[0]),
+        labels=labels(config),
+    )
+
+
+def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
+    variant = str(config["architecture"])
+    architecture = registry.family(variant)
+    if architecture is None:
+        raise UnsupportedConfig(f"{name}: timm's architecture {variant!r} is not implemented")
+    if config.get("model_args"):
+        raise UnsupportedConfig(f"{name}: model_args={config['model_args']} is not implemented")
+    published = config.get("pretrained_cfg") or {}
+    in_chans, *size = published.get("input_size") or (3, 224, 224)
+    num_classes = config.get("num_classes", published.get("num_classes", 1000))
+    return Checkpoint(
+        name=name,
+        architecture=architecture.name,
+        config=replace(
+            architecture.variants[variant], num_classes=num_classes, in_chans=in_chans
+        ),
+        source="",
+        dialect="timm",
+        reference=Reference("timm", variant),
+        task="image-classification" if num_classes else None,
+        license=published.get("license"),
+        preprocessing=Preprocessing(
+            size=size[0],
+            resize=int(size[0] / published.get("crop_pct", 0.875)),
+            interpolation=published.get("interpolation", "bilinear"),
+            mean=tuple(published.get("mean", Preprocessing.mean)),
+            std=tuple(published.get("std", Preprocessing.std)),
+        ),
+        labels=tuple(config.get("label_names") or ()),
+    )
+
+
+def to_json(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+    """A checkpoint and the config of its converted weights, as JSON's types."""
+    return {"checkpoint": asdict(checkpoint), "config": asdict(config)}
+
+
+def from_json(manifest: Mapping[str, Any]) -> tuple[Checkpoint, Any]:
+    """The inverse of `to_json`. Raises CheckpointError where it is something else."""
+    try:
+        values = dict(manifest["checkpoint"])
+        architecture = registry.architectures()[values["architecture"]]
+        kind = type(next(iter(architecture.variants.values())))
+        values["config"] = config_from(kind, values["config"])
+        for name, nested in (("reference", Reference), ("preprocessing", Preprocessing)):
+            if values[name] is not None:
+                values[name] = config_from(nested, values[name])
+        return config_from(Checkpoint, values), config_from(kind, manifest["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{cache.MANIFEST} is not one of mlx_zoo's: {error!r}") from error

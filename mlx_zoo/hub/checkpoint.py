@@ -1,0 +1,156 @@
+"""Checkpoint files of any kind, as one state dict.
+
+A file is what its bytes say, never what its name says: a hub's blob has no suffix, and an error
+page may be called `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_zoo.errors import CheckpointError, UnsafeCheckpoint
+from mlx_zoo.hub.safetensors_header import Header, read_header, strict_json
+from mlx_zoo.hub.torch_checkpoint import looks_like, read_tensors, strip_prefixes
+
+MAX_INDEX = 64 << 20  # bytes
+SHARD_SUFFIXES = (".safetensors", ".bin")
+
+NUMPY_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+
+def read_state_dict(paths: Sequence[Path], index: Path | None = None) -> dict[str, mx.array]:
+    """Read one state dict from its file or its shards: names to arrays, bit for bit.
+
+    Nested training checkpoints are unwrapped and prefixes that every name has are stripped
+    (`torch_checkpoint.unwrap`, `strip_prefixes`). With `index`, the shards must hold exactly what
+    the index says. Arrays from safetensors are lazy: MLX reads them when they are evaluated.
+
+    Raises CheckpointError, or one of its kinds, or IntegrityError, naming the file.
+    """
+    if not paths:
+        raise ValueError("no checkpoint files given")
+    merged: dict[str, mx.array] = {}
+    owner: dict[str, Path] = {}
+    names_by_file: dict[str, list[str]] = {}
+    for path in paths:
+        tensors = _read_file(path)
+        twice = [name for name in tensors if name in owner]
+        if twice:
+            raise CheckpointError(f"{path}: holds {_some(twice)}, and so does {owner[twice[0]]}")
+        merged.update(tensors)
+        owner.update(dict.fromkeys(tensors, path))
+        names_by_file[path.name] = list(tensors)
+    if index is not None:
+        check_index(index, names_by_file)
+    return strip_prefixes(merged)  # of all shards together: one alone may share more by chance
+
+
+def shard_names(index: Path) -> tuple[str, ...]:
+    """The file names in a `*.index.json`, sorted; each is a plain name beside the index.
+
+    Raises UnsafeCheckpoint for a name that is a path, CheckpointError for a malformed index.
+    """
+    return tuple(sorted(set(_weight_map(index).values())))
+
+
+def check_index(index: Path, names_by_file: Mapping[str, Collection[str]]) -> None:
+    """Raise CheckpointError, naming the file, unless each shard holds what the index says.
+
+    `names_by_file` has the names of the tensors found in each shard, by the shard's file name.
+    """
+    expected: dict[str, set[str]] = {}
+    for name, file in _weight_map(index).items():
+        expected.setdefault(file, set()).add(name)
+    for file in sorted(expected.keys() | names_by_file.keys()):
+        if file not in names_by_file:
+            raise CheckpointError(f"{index}: the shard {file} is missing")
+        if file not in expected:
+            raise CheckpointError(f"{index}: does not know the shard {file}")
+        found = set(names_by_file[file])
+        if missing := expected[file] - found:
+            raise CheckpointError(f"{index}: {file} should hold {_some(missing)} but does not")
+        if surplus := found - expected[file]:
+            raise CheckpointError(f"{index}: {file} holds {_some(surplus)}, unknown to the index")
+
+
+def _read_file(path: Path) -> dict[str, mx.array]:
+    kind = looks_like(_read(path, 512))
+    if kind == "a safetensors file":
+        header = read_header(path)
+        return _load_safetensors(path, header)
+    if kind in ("a zip archive", "a pickle", "a tar archive"):
+        return read_tensors(path)
+    raise CheckpointError(f"{path}: is not a checkpoint: it looks like {kind}")
+
+
+def _load_safetensors(path: Path, header: Header) -> dict[str, mx.array]:
+    if any(info.dtype == "F64" for info in header.tensors.values()):
+        return _read_with_numpy(path, header)  # mx.load refuses a file with any float64 in it
+    try:
+        return mx.load(str(path), format="safetensors")
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_with_numpy(path: Path, header: Header) -> dict[str, mx.array]:
+    tensors = {}
+    with path.open("rb") as file:
+        for name, info in header.tensors.items():
+            begin, end = info.offsets
+            file.seek(header.data_start + begin)
+            data = np.frombuffer(file.read(end - begin), NUMPY_DTYPES[info.dtype])
+            dtype = mx.float64 if info.dtype == "F64" else None  # float32 unless told
+            array = mx.array(data.reshape(info.shape), dtype=dtype)
+            tensors[name] = array.view(mx.bfloat16) if info.dtype == "BF16" else array
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The index's map of tensor names to file names, validated."""
+    raw = _read(index, MAX_INDEX + 1)
+    if len(raw) > MAX_INDEX:
+        raise CheckpointError(f"{index}: more than {MAX_INDEX} bytes for an index")
+    try:
+        content = strict_json(raw)
+    except CheckpointError as error:
+        kind = looks_like(raw[:512])
+        raise CheckpointError(f"{index}: {error} (it looks like {kind})") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files")
+    for file in weight_map.values():
+        _check_shard_name(index, file)
+    return weight_map
+
+
+def _check_shard_name(index: Path, file: object) -> None:
+    if not isinstance(file, str):
+        raise CheckpointError(f"{index}: a file name in weight_map is not a string")
+    # On the text, before any path is made of it; a colon is a drive or a stream on Windows.
+    if any(part in file for part in ("/", "\\", "..", ":")) or not file.isprintable():
+        raise UnsafeCheckpoint(f"{index}: the shard name {file[:100]!r} is not a plain file name")
+    if not file.endswith(SHARD_SUFFIXES) or file in SHARD_SUFFIXES:
+        raise UnsafeCheckpoint(
+            f"{index}: the shard name {file[:100]!r} does not end in {' or '.join(SHARD_SUFFIXES)}"
+        )
+
+
+def _read(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _some(names: Collection[str]) -> str:
+    shown = [repr(name[:100]) for name in sorted(names)]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -1,0 +1,153 @@
+"""What two or more architectures use unchanged.
+
+Letters in shape comments: B batch, H W C image, N tokens, D dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact form, x * Phi(x), by the error function."""
+    return x * (1 + mx.erf(x * math.sqrt(0.5))) * 0.5
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of the GELU paper, section 2."""
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+# By the names that PyTorch's config files use. mlx.nn's own versions are wrapped in mx.compile,
+# which on the CPU calls a C++ compiler at run time; these need none.
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": gelu,
+    "gelu_python": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_accurate": gelu_tanh,
+    "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
+    "gelu_10": lambda x: mx.clip(gelu(x), -10, 10),
+    "relu": lambda x: mx.maximum(x, 0),
+    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+    "relu6": lambda x: mx.clip(x, 0, 6),
+    "leaky_relu": lambda x: mx.maximum(x, 0.01 * x),
+    "silu": lambda x: x * mx.sigmoid(x),
+    "swish": lambda x: x * mx.sigmoid(x),
+    "mish": lambda x: x * mx.tanh(mx.logaddexp(x, 0)),
+    "sigmoid": mx.sigmoid,
+    "tanh": mx.tanh,
+    "linear": lambda x: x,
+    "identity": lambda x: x,
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017). (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dims: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dims // num_heads) ** -0.5
+        self.q_proj = nn.Linear(dims, dims)
+        self.k_proj = nn.Linear(dims, dims)
+        self.v_proj = nn.Linear(dims, dims)
+        self.out_proj = nn.Linear(dims, dims)
+        self.dropout = nn.Dropout(dropout)
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        """`mask` is added to the scores and broadcasts to (B, heads, N, N)."""
+        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.training and self.dropout._p_1 < 1:  # the fused kernel cannot drop weights
+            scores = self.scale * q @ k.swapaxes(-1, -2)
+            weights = mx.softmax(scores if mask is None else scores + mask, axis=-1)
+            y = self.dropout(weights) @ v
+        else:
+            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        return self.out_proj(y.swapaxes(1, 2).flatten(2))
+
+    def heads(self, x: mx.array) -> mx.array:
+        """(B, N, D) -> (B, heads, N, D / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).swapaxes(1, 2)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dims: int, hidden_dims: int, act: str = "gelu"):
+        super().__init__()
+        self.fc1 = nn.Linear(dims, hidden_dims)
+        self.fc2 = nn.Linear(hidden_dims, dims)
+        self.act = ACTIVATIONS[act]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def other_channels(weight: mx.array, in_chans: int) -> mx.array:
+    """A convolution's weight (O, H, W, I) for another number of input channels, as timm does it.
+
+    One channel takes the sum over I. Otherwise the channels repeat, scaled so that the response
+    keeps its size.
+    """
+    if in_chans == 1:
+        return weight.sum(axis=-1, keepdims=True)
+    repeated = mx.concatenate([weight] * -(-in_chans // weight.shape[-1]), axis=-1)
+    return repeated[..., :in_chans] * (weight.shape[-1] / in_chans)
+
+
+def check_images(x: mx.array, channels: int) -> None:
+    """Raise ValueError unless `x` is a float batch (B, H, W, channels)."""
+    shape = tuple(x.shape)
+    wanted = f"(B, H, W, {channels})"
+    if x.ndim == 3:
+        raise ValueError(f"images of shape {shape}: a batch {wanted} is needed; use images[None]")
+    if x.ndim != 4:
+        raise ValueError(f"images of shape {shape}: a batch {wanted} is needed")
+    if x.shape[-1] != channels and x.shape[1] == channels:
+        raise ValueError(
+            f"images of shape {shape} look like NCHW, PyTorch's layout; MLX's is NHWC, {wanted}: "
+            "use images.transpose(0, 2, 3, 1)"
+        )
+    if x.shape[-1] != channels:
+        raise ValueError(
+            f"images of shape {shape} have {x.shape[-1]} channels, this network takes {channels}; "
+            "load it with in_chans= for another number"
+        )
+    if 0 in shape:
+        raise ValueError(f"images of shape {shape} are empty")
+    if not mx.issubdtype(x.dtype, mx.floating):
+        raise ValueError(
+            f"images of type {str(x.dtype).split('.')[-1]}: floats are needed, scaled and "
+            "normalised as the network was trained; mlx_zoo.preprocess does it"
+        )
+
+
+def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> None:
+    """Raise ValueError unless `input_ids` is a batch (B, N) of ids that the tables hold.
+
+    MLX reads past the end of a table without a word.
+    """
+    shape = tuple(input_ids.shape)
+    if not mx.issubdtype(input_ids.dtype, mx.integer):
+        raise ValueError(f"input_ids of type {str(input_ids.dtype).split('.')[-1]}: integers are needed")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"input_ids of shape {shape}: a batch (B, N) is needed, neither empty")
+    if shape[1] > max_positions:
+        raise ValueError(f"{shape[1]} tokens: this network has {max_positions} positions; truncate")
+    check_range(input_ids, vocab_size, "token id")
+
+
+def check_range(ids: mx.array, size: int, what: str) -> None:
+    """Raise ValueError unless 0 <= ids < size. Skipped inside mx.compile, where values are unknown."""
+    try:
+        low, high = ids.min().item(), ids.max().item()
+    except ValueError:  # being traced
+        return
+    if low < 0 or high >= size:
+        raise ValueError(f"{what} {low if low < 0 else high}: this network has {size}, from 0")

@@ -1,0 +1,215 @@
+"""BERT and its descendants (MiniLM, BGE, E5, ...) in transformers' format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_zoo.catalogue import Architecture, Checkpoint, Reference, num_labels
+from mlx_zoo.errors import UnsupportedConfig
+from mlx_zoo.mapping.spec import Spec
+from mlx_zoo.models.bert import BERTS, HEADS, Bert, BertConfig, Dense
+from mlx_zoo.models.layers import ACTIVATIONS
+from mlx_zoo.preprocess.sentence import read_sentence_config, sentence_files
+
+BERT = Spec(
+    prefix="bert.",
+    layers={
+        "embeddings.word_embeddings": "word_embed",
+        "embeddings.position_embeddings": "position_embed",
+        "embeddings.token_type_embeddings": "token_type_embed",
+        "embeddings.LayerNorm": "norm",
+        "encoder.layer.{i}.attention.self.query": "blocks.{i}.attn.q_proj",
+        "encoder.layer.{i}.attention.self.key": "blocks.{i}.attn.k_proj",
+        "encoder.layer.{i}.attention.self.value": "blocks.{i}.attn.v_proj",
+        "encoder.layer.{i}.attention.output.dense": "blocks.{i}.attn.out_proj",
+        "encoder.layer.{i}.attention.output.LayerNorm": "blocks.{i}.norm1",
+        "encoder.layer.{i}.intermediate.dense": "blocks.{i}.mlp.fc1",
+        "encoder.layer.{i}.output.dense": "blocks.{i}.mlp.fc2",
+        "encoder.layer.{i}.output.LayerNorm": "blocks.{i}.norm2",
+        "pooler.dense": "pooler",
+        "cls.predictions.transform.dense": "mlm.dense",
+        "cls.predictions.transform.LayerNorm": "mlm.norm",
+        "cls.predictions.bias": "mlm.bias",
+        "cls.seq_relationship": "nsp",
+        "dense.{i}.linear": "dense.{i}",  # sentence-transformers' own, named so by hub.checkpoint
+    },
+    heads=("cls", "classifier", "qa_outputs"),
+    tied={
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    drop=(
+        "embeddings.position_ids",
+        "embeddings.token_type_ids",
+        "pooler.dense.*",
+        "cls.*",
+        "classifier.*",
+        "qa_outputs.*",
+    ),
+)
+
+UNTIED = replace(
+    BERT,
+    layers={**BERT.layers, "cls.predictions.decoder": "mlm.decoder"},
+    tied={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+)
+
+OLD_NAMES = {"LayerNorm.gamma": "weight", "LayerNorm.beta": "bias"}  # from TensorFlow's
+
+CLASSES = {
+    "BertModel": None,
+    "BertForMaskedLM": "fill-mask",
+    "BertLMHeadModel": "fill-mask",
+    "BertForNextSentencePrediction": "next-sentence-prediction",
+    "BertForPreTraining": "pretraining",
+    "BertForSequenceClassification": "text-classification",
+    "BertForTokenClassification": "token-classification",
+    "BertForMultipleChoice": "multiple-choice",
+    "BertForQuestionAnswering": "question-answering",
+}
+
+# Attributes whose other values ask for arithmetic that is not implemented.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("absolute", None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "auto_map": ({}, None),  # code of the repository's own
+    "attention_window": (None,),
+    "embedding_size": (None,),
+}
+
+
+def from_transformers(config: Mapping[str, Any]) -> BertConfig:
+    """Read a transformers BertConfig. Raises UnsupportedConfig naming what is not implemented."""
+    for name, allowed in ONLY.items():
+        if config.get(name) not in allowed:
+            raise UnsupportedConfig(f"{name}={config[name]!r} in config.json is not implemented")
+    act = config.get("hidden_act", "gelu")
+    if act not in ACTIVATIONS:
+        raise UnsupportedConfig(f"hidden_act={act!r} in config.json is not implemented")
+    return BertConfig(
+        vocab_size=config.get("vocab_size", 30522),
+        dims=config.get("hidden_size", 768),
+        num_layers=config.get("num_hidden_layers", 12),
+        num_heads=config.get("num_attention_heads", 12),
+        mlp_dims=config.get("intermediate_size", 3072),
+        max_positions=config.get("max_position_embeddings", 512),
+        type_vocab_size=config.get("type_vocab_size", 2),
+        norm_eps=config.get("layer_norm_eps", 1e-12),
+        act=act,
+        dropout=config.get("hidden_dropout_prob", 0.1),
+        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
+        classifier_dropout=config.get("classifier_dropout"),
+        causal=config.get("is_decoder", False),
+        tied=config.get("tie_word_embeddings", True),
+        num_classes=num_labels(config),
+    )
+
+
+def with_sentence_files(config: BertConfig, files: Mapping[str, Path]) -> BertConfig:
+    """`config` with the pooling that a sentence-transformers repository describes."""
+    if config.task != "sentence-embedding":
+        return config
+    sentence = read_sentence_config(files)
+    dense = tuple(
+        Dense(d.in_features, d.out_features, d.bias, d.activation, d.folder) for d in sentence.dense
+    )
+    return replace(config, pooling=sentence.pooling, dense=dense, normalize=sentence.normalize)
+
+
+def wanted_files(config: BertConfig, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """The files that say how sentences are pooled, as far as those already in hand tell."""
+    if config.task != "sentence-embedding":
+        return ()
+    return sentence_files() + sentence_files(files.get("modules.json"))
+
+
+def keeps_head(checkpoint: Checkpoint, task: str | None, num_classes: int | None) -> bool:
+    """Whether a checkpoint may have the head of `task` with that many classes.
+
+    Three tasks have a `classifier`: only config.json tells which one a checkpoint means.
+    """
+    if "classifier" not in HEADS[task]:
+        return True
+    same_size = num_classes in (None, checkpoint.config.num_classes)
+    return checkpoint.task == task and same_size
+
+
+def fit(config: BertConfig, names: frozenset[str]) -> BertConfig:
+    """A bare body has a pooler where its checkpoint has one; masked language models need none."""
+    has_pooler = bool(names & {"pooler.dense.weight", "bert.pooler.dense.weight"})
+    wanted = config.task not in ("fill-mask", "token-classification", "question-answering")
+    return replace(config, pooler=has_pooler and wanted and config.task != "sentence-embedding")
+
+
+def published(repository: str, config: BertConfig, task: str, license: str) -> Checkpoint:
+    """A repository of the hub; its own config.json has the last word when it is loaded."""
+    short = repository.partition("/")[2]
+    return Checkpoint(
+        name=short.lower().replace("-", "_").replace(".", "_"),
+        architecture="bert",
+        config=replace(config, task=None),
+        source=f"hf-hub:{repository}",
+        dialect="transformers",
+        reference=Reference("transformers"),
+        task=task,
+        license=license,
+        aliases=(repository, short),
+        default=True,
+    )
+
+
+BASE, LARGE = BERTS["bert_base"], BERTS["bert_large"]
+SMALL = replace(BASE, dims=384, mlp_dims=1536)
+
+CHECKPOINTS = tuple(
+    published(f"google-bert/{name}", config, "pretraining", "apache-2.0")
+    for name, config in {
+        "bert-base-uncased": BASE,
+        "bert-base-cased": replace(BASE, vocab_size=28996),
+        "bert-large-uncased": LARGE,
+        "bert-large-cased": replace(LARGE, vocab_size=28996),
+        "bert-base-multilingual-uncased": replace(BASE, vocab_size=105879),
+        "bert-base-multilingual-cased": replace(BASE, vocab_size=119547),
+        "bert-base-chinese": replace(BASE, vocab_size=21128),
+    }.items()
+) + tuple(
+    published(name, config, "sentence-embedding", license)
+    for name, config, license in (
+        ("sentence-transformers/all-MiniLM-L6-v2", replace(SMALL, num_layers=6), "apache-2.0"),
+        ("sentence-transformers/all-MiniLM-L12-v2", SMALL, "apache-2.0"),
+        ("BAAI/bge-small-en-v1.5", SMALL, "mit"),
+        ("BAAI/bge-base-en-v1.5", BASE, "mit"),
+        ("BAAI/bge-large-en-v1.5", LARGE, "mit"),
+        ("intfloat/e5-small-v2", SMALL, "mit"),
+        ("intfloat/e5-base-v2", BASE, "mit"),
+        ("intfloat/e5-large-v2", LARGE, "mit"),
+    )
+)
+
+ARCHITECTURE = Architecture(
+    name="bert",
+    model=Bert,
+    variants=BERTS,
+    dialects={
+        "transformers": BERT,
+        "transformers, gamma and beta": replace(BERT, leaves=OLD_NAMES),
+        "transformers, untied": UNTIED,
+        "transformers, untied, gamma and beta": replace(UNTIED, leaves=OLD_NAMES),
+    },
+    inputs="tokens",
+    tasks=tuple(task for task in HEADS if task),
+    model_type="bert",
+    read_config=from_transformers,
+    classes=CLASSES,
+    files=wanted_files,
+    read_files=with_sentence_files,
+    parts=lambda config: {d.folder: f"dense.{i}." for i, d in enumerate(config.dense)},
+    keeps_head=keeps_head,
+    fit=fit,
+    without_head=lambda config: replace(config, task=None),
+)

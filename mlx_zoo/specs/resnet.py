@@ -1,0 +1,119 @@
+"""ResNet, ResNeXt and Wide ResNet: torchvision, timm and transformers (microsoft/resnet-*)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_zoo.catalogue import (
+    Architecture,
+    Checkpoint,
+    Preprocessing,
+    Reference,
+    num_labels,
+    read_table,
+)
+from mlx_zoo.errors import UnsupportedConfig
+from mlx_zoo.mapping.spec import Spec
+from mlx_zoo.models.layers import ACTIVATIONS
+from mlx_zoo.models.resnet import RESNETS, ResNet, ResNetConfig
+
+# A network without its head may do without fc.
+TORCHVISION = Spec(drop=("*.num_batches_tracked", "fc.*"))  # timm has the same names
+
+TRANSFORMERS = Spec(
+    prefix="resnet.",
+    layers={
+        "embedder.embedder.convolution": "conv1",
+        "embedder.embedder.normalization": "bn1",
+        "encoder.stages.{s}.layers.{l}.layer.{j}.convolution": "layer{s+1}.{l}.conv{j+1}",
+        "encoder.stages.{s}.layers.{l}.layer.{j}.normalization": "layer{s+1}.{l}.bn{j+1}",
+        "encoder.stages.{s}.layers.{l}.shortcut.convolution": "layer{s+1}.{l}.downsample.0",
+        "encoder.stages.{s}.layers.{l}.shortcut.normalization": "layer{s+1}.{l}.downsample.1",
+        "classifier.1": "fc",
+    },
+    heads=("classifier.1",),
+    drop=("*.num_batches_tracked", "classifier.1.*"),
+)
+
+
+def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
+    """Read a transformers ResNetConfig. Raises UnsupportedConfig naming what is not implemented."""
+    act = config.get("hidden_act", "relu")
+    if act not in ACTIVATIONS:
+        raise UnsupportedConfig(f"hidden_act={act!r} in config.json is not implemented")
+    block = config.get("layer_type", "bottleneck")
+    expansion = {"basic": 1, "bottleneck": 4}.get(block)
+    if expansion is None:
+        raise UnsupportedConfig(f"layer_type={block!r} in config.json is not implemented")
+    sizes = config.get("hidden_sizes", (256, 512, 1024, 2048))
+    if uneven := [size for size in sizes if size % expansion]:
+        raise UnsupportedConfig(f"hidden_sizes={uneven} in config.json do not divide by {expansion}")
+    return ResNetConfig(
+        block=block,
+        depths=tuple(config.get("depths", (3, 4, 6, 3))),
+        widths=tuple(size // expansion for size in sizes),
+        stem_width=config.get("embedding_size", 64),
+        act=act,
+        stride_in_1x1=config.get("downsample_in_bottleneck", False),
+        first_stride=2 if config.get("downsample_in_first_stage", False) else 1,
+        num_classes=num_labels(config),
+        in_chans=config.get("num_channels", 3),
+    )
+
+
+def bundled_digits() -> Checkpoint:
+    """The small network that ships with the package: trained in PyTorch, on scikit-learn's digits."""
+    facts = json.loads((DATA / "resnet_digits.json").read_text(encoding="utf-8"))
+    pixels = facts["preprocessing"]
+    return Checkpoint(
+        name="resnet_digits",
+        architecture="resnet",
+        config=RESNETS["resnet_digits"],
+        source="package:resnet_digits.pth",
+        dialect="timm",
+        reference=Reference(
+            "timm", "resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 48)}
+        ),
+        evidence="package:digits.safetensors",
+        task="image-classification",
+        sha256=facts["sha256"]["resnet_digits.pth"],
+        license="mit",
+        num_params=facts["num_parameters"],
+        accuracy={"acc1": 100 * facts["accuracy"]["correct"] / facts["accuracy"]["total"]},
+        preprocessing=Preprocessing(
+            size=32, resize=32, mean=tuple(pixels["mean"]), std=tuple(pixels["std"])
+        ),
+        labels=tuple(facts["labels"]),
+        default=True,
+    )
+
+
+DATA = Path(__file__).parent.parent / "data"
+
+CHECKPOINTS = (
+    bundled_digits(),
+    *read_table(
+        Path(__file__).with_suffix(".tsv"),
+        "resnet",
+        lambda variant, num_classes, in_chans: replace(
+            RESNETS[variant], num_classes=num_classes, in_chans=in_chans
+        ),
+    ),
+)
+
+ARCHITECTURE = Architecture(
+    name="resnet",
+    model=ResNet,
+    variants=RESNETS,
+    dialects={"torchvision": TORCHVISION, "timm": TORCHVISION, "transformers": TRANSFORMERS},
+    inputs="images",
+    tasks=("image-classification",),
+    model_type="resnet",
+    read_config=from_transformers,
+    classes={"ResNetForImageClassification": "image-classification", "ResNetModel": None},
+    without_head=lambda config: replace(config, num_classes=0),
+)

@@ -1,0 +1,237 @@
+"""The PyTorch originals. The only module that imports torch and the libraries built on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_zoo.catalogue import Checkpoint
+from mlx_zoo.errors import CheckpointError, MissingDependency, VerificationError
+
+Arrays = dict[str, np.ndarray]
+
+
+def is_installed(library: str) -> bool:
+    """Whether torch and the library of an original can be imported."""
+    return all(importlib.util.find_spec(name) for name in ("torch", library))
+
+
+def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weights: list[str]):
+    """The original network with its weights, in eval mode, in float32.
+
+    Args:
+        config: ours, which says the task, the number of classes and of input channels.
+        files: name in the repository -> local path.
+        weights: the names of those files that hold the weights.
+
+    Raises:
+        MissingDependency: torch or the library is not installed.
+        VerificationError: the original itself does not take these weights.
+    """
+    reference = checkpoint.reference
+    if reference is None:
+        raise VerificationError(f"{checkpoint.name} has no PyTorch original to compare with")
+    if not is_installed(reference.library):
+        raise MissingDependency(
+            f"verification against PyTorch needs torch and {reference.library}: "
+            'pip install "mlx-zoo[torch]"'
+        )
+    makers = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
+    model = makers[reference.library](checkpoint, config, files, weights)
+    return model.eval().float()
+
+
+def versions(library: str) -> dict[str, str]:
+    """Of torch and the library, as installed."""
+    return {name: importlib.metadata.version(name) for name in ("torch", library)}
+
+
+def run(
+    model: Any, inputs: Arrays, layers: Iterable[str], double: bool
+) -> tuple[Arrays, dict[str, np.ndarray]]:
+    """Outputs by name, and what each of `layers` gave, in the order of execution.
+
+    Images (B, H, W, C) are given to the original as it wants them, (B, C, H, W).
+    """
+    import torch
+
+    model = model.double() if double else model.float()
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module, args, output):
+            seen[name] = _numpy(output)
+
+        return hook
+
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(keep(name)) for name in layers]
+    try:
+        with torch.no_grad():
+            if len(inputs) == 1:  # images: every library has its own name for them
+                output = model(*(_tensor(x, double) for x in inputs.values()))
+            else:
+                output = model(**{name: _tensor(x, double) for name, x in inputs.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _outputs(output), seen
+
+
+def _tensor(x: np.ndarray, double: bool):
+    import torch
+
+    if x.dtype.kind == "i":
+        return torch.from_numpy(x.astype(np.int64))
+    if x.ndim == 4:
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return torch.from_numpy(x).to(torch.float64 if double else torch.float32)
+
+
+def _numpy(x) -> np.ndarray:
+    return x.detach().numpy().copy()  # the original may go on to change it in place
+
+
+def _outputs(output) -> Arrays:
+    """What a network returns, by the names that ours gives it."""
+    if not hasattr(output, "items"):
+        return {"output": _numpy(output)}
+    arrays = {name: x for name, x in output.items() if hasattr(x, "detach")}
+    if "sentence_embedding" in arrays:
+        return {"output": _numpy(arrays["sentence_embedding"])}
+    if "logits" in arrays:
+        return {"output": _numpy(arrays["logits"])}
+    return {name: _numpy(x) for name, x in arrays.items()}
+
+
+# The libraries ----------------------------------------------------------------------------------
+
+
+def import_torchvision():
+    """torchvision, also where its compiled operators do not load.
+
+    The wheels on PyPI are built for CUDA. Beside a CPU build of torch their library is skipped, and
+    the import fails on two operators that a Python function registers a fake kernel for. Declaring
+    their schemas is enough: classification networks use neither.
+    """
+    import torch
+
+    try:
+        torch.ops.torchvision.nms  # noqa: B018
+    except AttributeError:
+        spec = importlib.util.find_spec("torchvision")
+        compiled = spec and spec.origin and list(Path(spec.origin).parent.glob("_C*"))
+        if compiled and torch.version.cuda is None:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _kept.append(library)  # the schemas live as long as it
+    import torchvision
+
+    return torchvision
+
+
+_kept: list[Any] = []
+
+
+def _torchvision(checkpoint: Checkpoint, config: Any, files, weights):
+    torchvision = import_torchvision()
+    options = {"num_classes": config.num_classes, **checkpoint.reference.options}
+    model = torchvision.models.get_model(checkpoint.reference.name, weights=None, **options)
+    model.load_state_dict(_state_dict(files, weights), strict=True)
+    return model
+
+
+def _timm(checkpoint: Checkpoint, config: Any, files, weights):
+    import_torchvision()
+    import timm
+
+    options = {
+        "num_classes": config.num_classes,
+        "in_chans": config.in_chans,
+        **checkpoint.reference.options,
+    }
+    model = timm.create_model(checkpoint.reference.name, pretrained=False, **options)
+    model.load_state_dict(_state_dict(files, weights), strict=True)
+    return model
+
+
+def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weights):
+    """The class of transformers for our task, by its own loader, which must want for nothing."""
+    import_torchvision()
+    import transformers
+
+    from mlx_zoo import registry
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in files.items():
+            link = Path(folder, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(path).resolve())
+        if getattr(config, "task", None) == "sentence-embedding":
+            return _sentence_transformer(folder)
+        classes = registry.architectures()[checkpoint.architecture].classes
+        task = getattr(config, "task", checkpoint.task)
+        name = next(name for name, its_task in classes.items() if its_task == task)
+        options = {"add_pooling_layer": config.pooler} if name == "BertModel" else {}
+        model, loading = getattr(transformers, name).from_pretrained(
+            folder, output_loading_info=True, attn_implementation="eager", **options
+        )
+    if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        raise VerificationError(f"{name} itself finds no weights for {', '.join(map(str, missing))}")
+    return model
+
+
+def _sentence_transformer(folder: str):
+    if not is_installed("sentence_transformers"):
+        raise MissingDependency(
+            "the original of a sentence embedding is sentence-transformers: "
+            "pip install sentence-transformers"
+        )
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        folder, device="cpu", model_kwargs={"attn_implementation": "eager", "dtype": torch.float32}
+    )
+
+    class Embedder(torch.nn.Module):
+        """Takes a network's arguments, where SentenceTransformer takes one dictionary."""
+
+        def __init__(self):
+            super().__init__()
+            self.original = model
+
+        def forward(self, **inputs):
+            return self.original(dict(inputs))
+
+    return Embedder()
+
+
+def _state_dict(files: Mapping[str, Path], weights: list[str]) -> dict[str, Any]:
+    """The published tensors, read by PyTorch's and safetensors' own readers, not by ours."""
+    import torch
+
+    from mlx_zoo.hub.torch_checkpoint import WRAPPERS, strip_prefixes
+
+    state: dict[str, Any] = {}
+    for name in weights:
+        path = Path(files[name])
+        with path.open("rb") as file:
+            is_pickle = file.read(2) in (b"PK", b"\x80\x02")
+        if is_pickle:
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+            state |= next((tree[key] for key in WRAPPERS if isinstance(tree.get(key), dict)), tree)
+        else:
+            from safetensors.torch import load_file
+
+            state |= load_file(path)
+    if not state:
+        raise CheckpointError(f"no tensors in {', '.join(weights)}")
+    return strip_prefixes(state)

@@ -1,0 +1,283 @@
+"""A model hub on 127.0.0.1 that can misbehave, for tests with the real huggingface_hub client.
+
+    with LocalHub() as hub:
+        commit = hub.push("org/name", {"config.json": b"{}", "model.safetensors": weights})
+        hub.fault("model.safetensors", "reset", times=2)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        ...
+        assert hub.requests == [...]
+
+`hub.plain["/resnet18.pth"] = b"..."` serves a file outside of any repository. Every request is
+recorded as "METHOD /path".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import struct
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+HTML = b"<!DOCTYPE html>\n<html><body>Please log in to the hotel's network.</body></html>"
+KINDS = (
+    "truncate",  # half of the body, then the end of the connection
+    "reset",  # half of the body, then a TCP reset
+    "stall",  # half of the body, then nothing
+    "status",  # the answer `status`, with `headers`
+    "length",  # a Content-Length that is `by` bytes off, and the true body
+    "flip",  # one bit of the body is another
+    "body",  # `body` in the place of the file, with a fitting Content-Length
+    "headers",  # the usual answer with these `headers` (None removes one)
+)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests for a path that ends in `path`."""
+
+    path: str
+    kind: str
+    times: int = 1
+    skip: int = 0  # requests that are answered properly first
+    methods: tuple[str, ...] = ("GET",)
+    status: int = 503
+    by: int = 100
+    body: bytes = HTML
+    headers: dict[str, str | None] = field(default_factory=dict)
+
+
+class LocalHub:
+    """Repositories of bytes behind the hub's HTTP interface; a context manager."""
+
+    def __init__(self, lfs_threshold: int = 1024):
+        self.lfs_threshold = lfs_threshold
+        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repo -> commit -> files
+        self.branches: dict[str, dict[str, str]] = {}  # repo -> branch -> commit
+        self.plain: dict[str, bytes] = {}
+        self.gated: set[str] = set()
+        self.private: set[str] = set()
+        self.token = "hf_local"  # opens gated and private repositories
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self.stopping = threading.Event()
+
+    def __enter__(self) -> LocalHub:
+        hub = self
+
+        class Answer(_Answer):
+            pass
+
+        Answer.hub = hub
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the listener and every kept-alive connection, which would outlive it."""
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        self._server.shutdown()
+        self._thread.join()
+        with self._lock:
+            for connection in self._sockets:
+                with suppress(OSError):  # the other side was first
+                    connection.shutdown(socket.SHUT_RDWR)
+        self._server.server_close()
+
+    def push(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Add a commit with exactly these files, and move the branch to it."""
+        digest = hashlib.sha1(f"{repo} {len(self.commits.get(repo, {}))}".encode())
+        for name, content in sorted(files.items()):
+            digest.update(name.encode() + content)
+        commit = digest.hexdigest()
+        self.commits.setdefault(repo, {})[commit] = dict(files)
+        self.branches.setdefault(repo, {})[branch] = commit
+        return commit
+
+    def fault(self, path: str, kind: str, **details) -> Fault:
+        """Let the next requests for a path that ends in `path` go wrong; see `KINDS`."""
+        assert kind in KINDS, kind
+        self.faults.append(Fault(path, kind, **details))
+        return self.faults[-1]
+
+    def gets(self, suffix: str = "") -> list[str]:
+        """The GET requests for a path that ends in `suffix`."""
+        return [r for r in self.requests if r.startswith("GET ") and r.endswith(suffix)]
+
+    def next_fault(self, method: str, path: str) -> Fault | None:
+        with self._lock:
+            for fault in self.faults:
+                if method in fault.methods and path.endswith(fault.path) and fault.times > 0:
+                    if fault.skip > 0:
+                        fault.skip -= 1
+                        continue
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def remember(self, connection: socket.socket, is_open: bool) -> None:
+        with self._lock:
+            (self._sockets.add if is_open else self._sockets.discard)(connection)
+
+
+class _Answer(BaseHTTPRequestHandler):
+    hub: LocalHub
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub.remember(self.connection, True)
+
+    def finish(self) -> None:
+        self.hub.remember(self.connection, False)
+        super().finish()
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except ConnectionError:
+            self.close_connection = True  # the client left, or we reset it
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        self.fault = self.hub.next_fault(self.command, path)
+        if self.fault and self.fault.kind == "status":
+            return self._send(self.fault.status, b"out of order", {})
+        if path in self.hub.plain:
+            return self._send_file(self.hub.plain[path], {})
+        if path.startswith("/api/models/"):
+            return self._answer_api(path.removeprefix("/api/models/"))
+        stored = path.startswith("/lfs-store/")
+        repo, found, rest = path.removeprefix("/lfs-store").strip("/").partition("/resolve/")
+        if not found:
+            return self._send(404, b"no such page", {})
+        return self._answer_file(repo, rest, stored)
+
+    def _answer_api(self, rest: str) -> None:
+        repo, _, revision = rest.partition("/revision/")
+        repo, tree, at = repo.partition("/tree/")
+        if (commit := self._find(repo, at or revision or "main")) is None:
+            return
+        files = self.hub.commits[repo][commit]
+        if tree:
+            answer = [self._tree_row(name, content) for name, content in files.items()]
+        else:
+            siblings = [{"rfilename": name} for name in files]
+            answer = {"id": repo, "sha": commit, "siblings": siblings}
+            if self.fault and "sha" in self.fault.headers:
+                answer["sha"] = self.fault.headers["sha"]
+        if self.fault and self.fault.kind == "body":
+            return self._send(200, self.fault.body, {"Content-Type": "text/html"})
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _tree_row(self, name: str, content: bytes) -> dict:
+        row = {"type": "file", "path": name, "size": len(content), "oid": git_sha1(content)}
+        if len(content) >= self.hub.lfs_threshold:
+            row["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+        return row
+
+    def _answer_file(self, repo: str, rest: str, stored: bool) -> None:
+        # A revision with a slash arrives quoted, so the first part is all of it.
+        revision, _, name = rest.partition("/")
+        if (commit := self._find(repo, revision)) is None:
+            return None
+        if repo in self.hub.gated and not self._has_token():
+            return self._refuse(403, "GatedRepo")
+        content = self.hub.commits[repo][commit].get(name)
+        if content is None:
+            return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit}
+        if len(content) < self.hub.lfs_threshold:
+            return self._send_file(content, headers | {"ETag": f'"{git_sha1(content)}"'})
+        headers |= {"X-Linked-ETag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
+        if stored:
+            return self._send_file(content, headers | {"ETag": f'"{sha256(content)}"'})
+        location = f"{self.hub.endpoint}/lfs-store/{repo}/resolve/{commit}/{name}"
+        return self._send(302, b"", headers | {"Location": location})
+
+    def _find(self, repo: str, revision: str) -> str | None:
+        """The commit of a revision, or None after an answer that refuses."""
+        if repo not in self.hub.commits or (repo in self.hub.private and not self._has_token()):
+            return self._refuse(404 if self._has_token() else 401, "RepoNotFound")
+        if revision in self.hub.commits[repo]:
+            return revision
+        commit = self.hub.branches[repo].get(revision)
+        return commit or self._refuse(404, "RevisionNotFound")
+
+    def _has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+
+    def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
+
+    def _send_file(self, content: bytes, headers: dict[str, str]) -> None:
+        fault = self.fault
+        if fault and fault.kind == "body":
+            return self._send(200, fault.body, headers)
+        if fault and fault.kind == "flip":
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        wanted = self.headers.get("Range", "")
+        if not wanted.startswith("bytes="):
+            return self._send(200, content, headers)
+        start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        total = len(content)
+        headers = headers | {"Content-Range": f"bytes {start}-{total - 1}/{total}"}
+        return self._send(206, content[start:], headers)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        fault = self.fault
+        length = len(body) + (fault.by if fault and fault.kind == "length" else 0)
+        headers = {"Content-Type": "application/octet-stream", **headers}
+        headers |= {"Content-Length": str(length), **(fault.headers if fault else {})}
+        self.send_response(status)
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        broken = fault is not None and fault.kind in ("truncate", "reset", "stall")
+        self.wfile.write(body[: len(body) // 2] if broken else body)
+        self.wfile.flush()
+        if fault and (broken or fault.kind == "length"):
+            self.close_connection = True
+        if fault and fault.kind == "stall":
+            self.hub.stopping.wait(30)
+        if fault and fault.kind == "reset":
+            # Lingering for no time turns the close into a reset; the reader holds the socket open.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()
+            self.connection.close()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
