@@ -81,6 +81,8 @@ def compare(rounds: int) -> dict[str, dict[str, float]]:
     for _ in range(rounds):
         for operation in GFLOP:
             for contestant, worker in workers.items():
+                assert worker.stdin
+                assert worker.stdout
                 worker.stdin.write(operation + "\n")
                 figures[operation][contestant].append(float(worker.stdout.readline()))
     for worker in workers.values():

@@ -6,7 +6,18 @@ load_fast_blas()  # before anything imports mlx.core: afterwards it would have n
 
 from mlx_zoo import errors
 from mlx_zoo.registry import list_models
-from mlx_zoo.zoo import convert, export, load
+from mlx_zoo.tasks import pipeline
+from mlx_zoo.verify import verify
+from mlx_zoo.zoo import convert, export, info, load
 
 __version__ = "0.1.0"
-__all__ = ["convert", "errors", "export", "list_models", "load"]
+__all__ = [
+    "convert",
+    "errors",
+    "export",
+    "info",
+    "list_models",
+    "load",
+    "pipeline",
+    "verify",
+]

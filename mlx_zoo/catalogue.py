@@ -137,7 +137,8 @@ def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
             mean=_numbers(row["mean"]),
             std=_numbers(row["std"]),
             test_size=test_size,
-            test_resize=test_size and _timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
+            test_resize=test_size
+            and _timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
         ),
         aliases=tuple(row["aliases"].split()),
         default=row["default"] == "1",

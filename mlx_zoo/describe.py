@@ -67,7 +67,8 @@ def find(name: str | os.PathLike[str], revision: str | None, place: Place) -> Ch
         return checkpoint
     if isinstance(source, (FileSource, UrlSource)):
         raise ValueError(
-            f"{name} does not say which architecture it is for: load('resnet18', pretrained={os.fspath(name)!r})"
+            f"{name} does not say which architecture it is for; give both: "
+            f"load('resnet18', pretrained={os.fspath(name)!r})"
         )
     known = registry.of_repository(source.repo) if isinstance(source, HubSource) else None
     return replace(known, source=str(source)) if known else read(source, place)
@@ -117,9 +118,7 @@ def as_source(text: str) -> Source:
 
 def read(source: Source, place: Place) -> Checkpoint:
     """What a repository or folder says of itself."""
-    fetched = fetch_files(
-        source, (), optional=("config.json", cache.MANIFEST), **place.options
-    )
+    fetched = fetch_files(source, (), optional=("config.json", cache.MANIFEST), **place.options)
     files = fetched.files
     if isinstance(source, DirectorySource) and is_converted(source.path):
         return from_json(read_json(files[cache.MANIFEST]))[0]
@@ -129,8 +128,10 @@ def read(source: Source, place: Place) -> Checkpoint:
             "load(architecture, pretrained=...) reads bare weights"
         )
     config = read_json(files["config.json"])
-    name = source.repo if isinstance(source, HubSource) else str(source)
-    checkpoint = _of_timm(config, name) if "architecture" in config else _of_transformers(config, name)
+    name = source.repo if isinstance(source, HubSource) else source.path.resolve().name
+    checkpoint = (
+        _of_timm(config, name) if "architecture" in config else _of_transformers(config, name)
+    )
     return replace(checkpoint, source=str(source))
 
 
@@ -223,9 +224,7 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     return Checkpoint(
         name=name,
         architecture=architecture.name,
-        config=replace(
-            architecture.variants[variant], num_classes=num_classes, in_chans=in_chans
-        ),
+        config=replace(architecture.variants[variant], num_classes=num_classes, in_chans=in_chans),
         source="",
         dialect="timm",
         reference=Reference("timm", variant),

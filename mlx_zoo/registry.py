@@ -1,11 +1,10 @@
-"""Names -> checkpoints and architectures. Found by walking specs/: a file dropped there is known."""
+"""Names -> checkpoints and architectures. Found by walking specs/: drop a file there."""
 
 from __future__ import annotations
 
 import difflib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module

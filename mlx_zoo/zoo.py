@@ -105,6 +105,20 @@ def load(
     return model
 
 
+def info(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """What is known of a checkpoint: source, licence, size, accuracy, preprocessing.
+
+    A repository that is not in the registry is asked for its config.json.
+    """
+    return describe.find(name, revision, Place(cache_dir, local_files_only))
+
+
 @dataclass(frozen=True)
 class Request:
     """Which weights of a checkpoint are wanted, and as what."""
@@ -203,7 +217,7 @@ def _converted(request: Request, place: Place, allow_nonfinite: bool) -> Convert
         return _from_entry(entry, checkpoint)
 
     fetched = fetched or fetch_weights(source, **place.options)
-    state = read_state_dict([fetched.files[name] for name in fetched.sha256])
+    state = read_state_dict(fetched.weights, fetched.index)
     for folder, prefix in architecture.parts(config).items():
         state |= _part(source, folder, prefix, place)
     weights, config, dialect = _map(state, config, request)
@@ -293,9 +307,12 @@ def choose_dialect(
     Raises MappingError: with the nearest miss where there is none, with all where there are two.
     """
     candidates: dict[str, Spec] = {}
+    tables = set()
     for name, spec in architecture.dialects.items():
         publisher = name.partition(",")[0]
-        if checkpoint.dialect in (None, name, publisher) and spec not in candidates.values():
+        table = engine.links(model, spec)  # dialects that read this network alike are one
+        if checkpoint.dialect in (None, name, publisher) and table not in tables:
+            tables.add(table)
             candidates[name] = spec
     misses = {name: engine.mismatches(state, model, spec) for name, spec in candidates.items()}
     fitting = [name for name, problems in misses.items() if not problems]
@@ -463,9 +480,7 @@ def convert(
     return folder
 
 
-def export(
-    model: nn.Module, path: str | os.PathLike[str], *, dialect: str | None = None
-) -> Path:
+def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | None = None) -> Path:
     """Write a network's weights as PyTorch names and stores them, in one safetensors file.
 
     Args:

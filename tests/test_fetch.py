@@ -209,6 +209,7 @@ def test_row_1_a_body_that_never_ends_whole_is_an_error(hub, tmp_path):
     hub.fault("model.safetensors", "truncate", times=99)
     with pytest.raises(DownloadError, match=r"/resolve/.*model\.safetensors"):
         fetch_weights(SOURCE)
+    assert len(hub.gets("model.safetensors")) == 6  # the client's own five retries, and no more
     assert files_in(tmp_path / "hf") == []
 
 
@@ -323,13 +324,14 @@ def test_row_7_something_else_in_the_place_of_the_file(hub, tmp_path, body, look
     assert files_in(tmp_path / "hf") == []
 
 
-def test_row_7_a_long_html_page(hub, tmp_path):
+@pytest.mark.parametrize("content_type", ["text/html", "application/octet-stream"])
+def test_row_7_a_long_html_page(hub, tmp_path, content_type):
     body = HTML + b" " * 100_000
-    hub.fault(
-        "model.safetensors", "body", body=body, times=9, headers={"Content-Type": "text/html"}
-    )
+    hub.push("org/long", {"model.safetensors": bytes(len(body))})
+    headers = {"Content-Type": content_type}
+    hub.fault("model.safetensors", "body", body=body, times=9, headers=headers)
     with pytest.raises(DownloadError, match="HTML page"):
-        fetch_weights(SOURCE)
+        fetch_weights(HubSource("org/long"))
     assert files_in(tmp_path / "hf") == []
 
 
@@ -348,7 +350,7 @@ def test_row_7_an_html_page_instead_of_the_api(hub):
         fetch_weights(SOURCE)
 
 
-HOSTILE = ["../../../../x", "/tmp/x", "..", "C:x", "a" * 39, "g" * 40, "a" * 65]
+HOSTILE = ["../../../../x", "/nowhere/x", "..", "C:x", "a" * 39, "g" * 40, "a" * 65]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -375,6 +377,15 @@ def test_row_8_hostile_headers_are_refused(hub, tmp_path, text, name, header, ag
     written = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
     assert {path.name for path in written} <= {"org--name.json"}
     assert hub.gets(name) == []
+
+
+def test_row_8_the_headers_are_checked_without_the_hook_as_well(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_check_answer", lambda response: None)
+    details = {"times": 99, "methods": ("HEAD",), "headers": {"ETag": '"../../../../x"'}}
+    hub.fault("config.json", "headers", **details)
+    with pytest.raises(DownloadError, match="refused"):
+        fetch_files(SOURCE, ["config.json"])
+    assert files_in(tmp_path) == ["org--name.json"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -235,7 +235,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 def test_fuzz_accepts_nothing_that_the_library_refuses(tmp_path):
     rng = random.Random(0)
     accepted = 0
-    for _ in range(3000):
+    for _ in range(2000):
         data = mutate(rng, VALID[rng.choice(sorted(set(VALID) - {"no tensors"}))])
         path = write(tmp_path, data)
         try:
@@ -247,7 +247,7 @@ def test_fuzz_accepts_nothing_that_the_library_refuses(tmp_path):
         assert set(tensors) == set(header.tensors)
         for name, info in header.tensors.items():
             assert tensors[name]["shape"] == list(info.shape)
-    assert accepted > 100
+    assert accepted > 50
 
 
 def parse(data: bytes) -> list[dict]:

@@ -189,7 +189,7 @@ def _settle_mkl(mkl: ctypes.CDLL) -> str:
 
 
 def _in_global_scope() -> ctypes.CDLL | None:
-    """The process's global scope, if it holds a BLAS: MLX's own is not there but in its own tree."""
+    """The process's global scope, if a BLAS is in it. MLX's own is not: it is local to MLX."""
     process = ctypes.CDLL(None)
     return process if hasattr(process, "cblas_sgemm") else None
 

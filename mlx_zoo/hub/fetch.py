@@ -59,6 +59,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+INDEX_SUFFIX = ".index.json"
 BACKOFF = (0.5, 1.0, 2.0)  # seconds before each retry
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more (Retry-After) gets no retry
 TIMEOUT = 10.0  # seconds without a byte
@@ -83,6 +84,16 @@ class Fetched:
     files: dict[str, Path]
     revision: str
     sha256: dict[str, str]
+
+    @property
+    def index(self) -> Path | None:
+        """The file that says which shard holds which tensor, if there is one."""
+        return next((p for name, p in self.files.items() if name.endswith(INDEX_SUFFIX)), None)
+
+    @property
+    def weights(self) -> list[Path]:
+        """All other files: after `fetch_weights`, those that hold tensors."""
+        return [path for name, path in self.files.items() if not name.endswith(INDEX_SUFFIX)]
 
 
 def fetch_files(
@@ -176,7 +187,7 @@ def _choose_weights(available: Iterable[str], source: Source) -> str:
 
 
 def _shards(path: Path) -> tuple[str, ...]:
-    if not path.name.endswith(".index.json"):
+    if not path.name.endswith(INDEX_SUFFIX):
         return ()
     from mlx_zoo.hub.checkpoint import shard_names
 

@@ -31,7 +31,7 @@ import numpy as np
 from mlx_zoo.errors import CheckpointError, IntegrityError, UnsafeCheckpoint, UnsupportedFormat
 
 MAX_PICKLE = 32 << 20  # bytes
-MAX_OPCODES = 2_000_000  # a large training checkpoint has half a million
+MAX_OPCODES = 1_000_000  # ten thousand tensors take about 400,000
 MAX_STRING = 1 << 20  # bytes
 MAX_INTEGER = 16  # bytes; torch's magic number has 10
 MAX_LINE = 512  # bytes of a text opcode's argument
@@ -102,7 +102,7 @@ def unwrap(tree: object) -> dict[str, Any]:
     in `INERT`.
     """
     if not isinstance(tree, dict):
-        raise CheckpointError(f"holds a {_kind(tree)}, not a state dict")
+        raise CheckpointError(f"holds {_kind(tree)}, not a state dict")
     nested = (tree[key] for key in WRAPPERS if _holds_tensors(tree.get(key)))
     found = next(nested, tree)
     tensors = {name: value for name, value in found.items() if name not in INERT}
@@ -144,13 +144,15 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    return value.name if isinstance(value, Symbol) else type(value).__name__
+    """ "an int", "a list", "torch.Size": never the value itself, whose repr may be deep."""
+    name = type(value).__name__
+    return value.name if isinstance(value, Symbol) else f"a{'n' * (name[0] in 'aeiouAEIOU')} {name}"
 
 
 def _short(name: object) -> str:
     if isinstance(name, str):
         return repr(name[:100])
-    return repr(name) if isinstance(name, int) else f"a {_kind(name)}"  # no repr of deep tuples
+    return repr(name) if isinstance(name, int) else _kind(name)
 
 
 def _some(names: Iterable[object]) -> str:
@@ -240,9 +242,9 @@ SYMBOLS = {
 def _reduce(function: object, args: object) -> object:
     """What calling an allowed symbol gives. Nothing is called: this match is all there is."""
     if type(function) is not Symbol:
-        raise UnsafeCheckpoint(f"the pickle calls a {_kind(function)}")
+        raise UnsafeCheckpoint(f"the pickle calls {_kind(function)}")
     if type(args) is not tuple:
-        raise CheckpointError(f"{function.name} called with a {_kind(args)}")
+        raise CheckpointError(f"{function.name} called with {_kind(args)}")
     match function.name, args:
         case "collections.OrderedDict", ():
             return OrderedDict()
@@ -272,10 +274,10 @@ def _ordered_dict(pairs: list) -> OrderedDict:
 
 def _set_item(target: object, key: object, value: object) -> None:
     if type(target) not in (dict, OrderedDict):
-        raise CheckpointError(f"an item set on a {_kind(target)}")
+        raise CheckpointError(f"an item set on {_kind(target)}")
     # Hashing a deep tuple overflows the C stack, and large integers can be made to collide.
     if type(key) is not str and not (type(key) is int and abs(key) < MAX_KEY):
-        raise UnsafeCheckpoint(f"a {_kind(key)} as a dict key; only strings and small integers are")
+        raise UnsafeCheckpoint(f"{_kind(key)} as a dict key; only strings and small integers are")
     if key in target:
         raise CheckpointError(f"the dict key {_short(key)} occurs twice")
     target[key] = value
@@ -283,7 +285,7 @@ def _set_item(target: object, key: object, value: object) -> None:
 
 def _dims(dims: object, limit: int = MAX_DIM) -> tuple[int, ...]:
     if type(dims) is not tuple:
-        raise CheckpointError(f"a shape that is a {_kind(dims)}")
+        raise CheckpointError(f"a shape that is {_kind(dims)}")
     if len(dims) > MAX_RANK:
         raise CheckpointError(f"a tensor of rank {len(dims)}; at most {MAX_RANK} is read")
     if not all(type(n) is int and 0 <= n < limit for n in dims):
@@ -293,13 +295,14 @@ def _dims(dims: object, limit: int = MAX_DIM) -> tuple[int, ...]:
 
 def _tensor(storage: object, offset: object, shape: object, stride: object) -> TensorRef:
     if type(storage) is not Storage:
-        raise CheckpointError(f"a tensor made of a {_kind(storage)}")
+        raise CheckpointError(f"a tensor made of {_kind(storage)}")
     shape, stride = _dims(shape), _dims(stride, MAX_STRIDE)
     if len(shape) != len(stride):
         raise CheckpointError(f"a tensor with {len(shape)} dims and {len(stride)} strides")
     last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    span = 0 if 0 in shape else last + 1
-    if type(offset) is not int or not 0 <= offset <= storage.num_elements - span:
+    # An empty view reads nothing, and slicing may well leave its offset beyond the end.
+    num_offsets = MAX_STRIDE if 0 in shape else storage.num_elements - last
+    if type(offset) is not int or not 0 <= offset < num_offsets:
         raise CheckpointError(
             f"a tensor of shape {shape}, stride {stride} and offset {_short(offset)} "
             f"reaches out of its storage of {storage.num_elements} elements"
@@ -331,15 +334,15 @@ class Machine:
         self.position = 0
         self.num_items = num_items
         self.storages: dict[str, Storage] = {}
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each MARK
-        self.memo: dict[int, Any] = {}
 
     def run(self) -> object:
         """The value that the pickle builds.
 
         Raises UnsafeCheckpoint and CheckpointError; stops after MAX_OPCODES.
         """
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []  # the stacks below each MARK
+        self.memo: dict[int, Any] = {}
         start = self.position
         try:
             for _ in range(MAX_OPCODES):
@@ -434,7 +437,7 @@ class Machine:
 
     def extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise CheckpointError(f"items appended to a {_kind(self.stack[-1])}")
+            raise CheckpointError(f"items appended to {_kind(self.stack[-1])}")
         self.stack[-1].extend(items)
 
     def set_items(self, items: list[Any]) -> None:
@@ -470,7 +473,7 @@ class Machine:
         # state_dict() keeps its modules' versions in an attribute: dropped, they hold no weights.
         state = self.pop()
         if type(self.stack[-1]) is not OrderedDict or type(state) is not dict:
-            raise UnsafeCheckpoint(f"the pickle sets the state of a {_kind(self.stack[-1])}")
+            raise UnsafeCheckpoint(f"the pickle sets the state of {_kind(self.stack[-1])}")
 
     def persistent_id(self) -> None:
         name = self.pop()

@@ -46,10 +46,7 @@ class Link:
     def upstream_shape(self) -> tuple[int, ...]:
         """The shape that the upstream tensor must have."""
         upstream = [tuple(shape[i] for i in inverse(self.axes)) for shape in self.shapes]
-        if len(upstream) == 1:
-            stacked = upstream[0]
-        else:
-            stacked = (sum(self._heights), *upstream[0][1:])
+        stacked = upstream[0] if len(upstream) == 1 else (sum(self._heights), *upstream[0][1:])
         return stacked[::-1] if self.in_out and len(stacked) == 2 else stacked
 
     @property
@@ -110,7 +107,7 @@ def to_torch(weights: StateDict, model: nn.Module, spec: Spec) -> dict[str, mx.a
 
 
 def mismatches(state_dict: StateDict, model: nn.Module, spec: Spec) -> tuple[str, ...]:
-    """What keeps `spec` from covering the names, shapes and types of a state dict; () if nothing."""
+    """What keeps `spec` from covering a state dict: names, shapes, types. () if nothing does."""
     return tuple(_cover(state_dict, links(model, spec), spec)[1])
 
 
@@ -156,7 +153,9 @@ def _split(name: str) -> tuple[str, str]:
 @lru_cache(maxsize=4096)
 def _pattern(template: str) -> tuple[re.Pattern[str], tuple[tuple[str, int], ...]]:
     """'layer{s+1}.{i}' as an anchored expression and its numbers: (name, what is added to it)."""
-    numbers = tuple((n, int(add or 0)) for n, add in re.findall(r"\{(\w+?)(?:\+(\d+))?\}", template))
+    numbers = tuple(
+        (n, int(add or 0)) for n, add in re.findall(r"\{(\w+?)(?:\+(\d+))?\}", template)
+    )
     pieces = re.split(r"\{\w+?(?:\+\d+)?\}", template)
     return re.compile(r"(\d+)".join(map(re.escape, pieces))), numbers
 
@@ -173,9 +172,7 @@ def _match(template: str, name: str) -> dict[str, int] | None:
 
 def _fill(template: str, values: Mapping[str, int]) -> str:
     """`template` with its numbers written out."""
-    return re.sub(
-        r"\{(\w+?)(?:\+(\d+))?\}", lambda m: str(values[m[1]] + int(m[2] or 0)), template
-    )
+    return re.sub(r"\{(\w+?)(?:\+(\d+))?\}", lambda m: str(values[m[1]] + int(m[2] or 0)), template)
 
 
 def _targets(row: Row) -> tuple[str, ...]:
@@ -253,8 +250,8 @@ def _cover(
         if len(names) > 1:
             problems.append(f"{' and '.join(names)} are the same tensor twice")
         present[source] = state_dict[names[0]]
-    for source in list(present):  # a tied tensor stands in for its absent twin
-        twin = _twin(source, spec)
+    for source in list(present):  # a tied or spare tensor stands in for an absent one
+        twin = _twin(source, spec) or spec.spare.get(source)
         if twin in expected and twin not in present:
             present[twin] = present.pop(source)
 
@@ -308,7 +305,7 @@ def _unequal_twins(state_dict: StateDict, spec: Spec) -> Iterator[str]:
 
 
 def collapse(names: Iterable[str], show: Callable[[str], str] = str) -> Iterator[str]:
-    """Names that differ in their numbers only, as one: 'h.{0..11}.attn.c_attn.bias (12 tensors)'."""
+    """Names that differ in their numbers only, as one: 'h.{0..11}.mlp.c_fc.bias (12 tensors)'."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         shown = show(name)
@@ -317,7 +314,10 @@ def collapse(names: Iterable[str], show: Callable[[str], str] = str) -> Iterator
         if len(group) == 1:
             yield group[0]
             continue
-        columns = [sorted(set(map(int, c))) for c in zip(*(re.findall(r"\d+", g) for g in group), strict=True)]
+        columns = [
+            sorted(set(map(int, c)))
+            for c in zip(*(re.findall(r"\d+", g) for g in group), strict=True)
+        ]
         texts = iter([str(c[0]) if len(c) == 1 else f"{{{c[0]}..{c[-1]}}}" for c in columns])
         yield re.sub(r"\d+", lambda _, t=texts: next(t), group[0]) + f" ({len(group)} tensors)"
 

@@ -19,7 +19,8 @@ AXES: dict[type[nn.Module], tuple[int, ...]] = {
     nn.ConvTranspose3d: (1, 2, 3, 4, 0),  # I O D H W -> O D H W I
 }
 
-CHANNELS_LAST = tuple(AXES) + (nn.BatchNorm,)  # layers whose activations MLX keeps channels-last
+# The layers whose activations MLX keeps channels-last.
+CHANNELS_LAST = (*AXES, nn.BatchNorm)
 
 
 def axes_of(layer: nn.Module, ndim: int) -> tuple[int, ...]:
@@ -41,7 +42,7 @@ def permute(x: mx.array, axes: tuple[int, ...]) -> mx.array:
 
 
 def stored_in_out(x: mx.array) -> mx.array:
-    """(in, out) <-> (out, in): transformers' Conv1D weight and a linear layer's. Its own inverse."""
+    """(in, out) <-> (out, in): transformers' Conv1D and a linear layer. Its own inverse."""
     return x.T if x.ndim == 2 else x
 
 

@@ -48,6 +48,7 @@ class Spec:
     leaves:  old leaf names, anchored to a layer's own name: {"LayerNorm.gamma": "weight"}.
     tied:    a tensor (or layer) that is another one again. Where present it must be equal; where
              only it is present, it stands in for its twin.
+    spare:   a tensor that fills the place of another where that one is absent, else is unused.
     drop:    tensors that a network may do without; `*` stands for anything.
     """
 
@@ -56,6 +57,7 @@ class Spec:
     heads: tuple[str, ...] = ()
     leaves: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    spare: Mapping[str, str] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
 
     @property

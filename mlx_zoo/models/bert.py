@@ -118,14 +118,14 @@ class MaskedLM(nn.Module):
         self.act = ACTIVATIONS[config.act]
         self.dense = nn.Linear(config.dims, config.dims)
         self.norm = nn.LayerNorm(config.dims, config.norm_eps)
-        self.bias = mx.zeros(config.vocab_size)
-        if not config.tied:
-            self.decoder = nn.Linear(config.dims, config.vocab_size, bias=False)
+        if config.tied:
+            self.bias = mx.zeros(config.vocab_size)
+        else:
+            self.decoder = nn.Linear(config.dims, config.vocab_size)
 
     def __call__(self, x: mx.array, word_embed: nn.Embedding) -> mx.array:
         x = self.norm(self.act(self.dense(x)))
-        x = self.decoder(x) if "decoder" in self else word_embed.as_linear(x)
-        return x + self.bias
+        return self.decoder(x) if "decoder" in self else word_embed.as_linear(x) + self.bias
 
 
 class Bert(nn.Module):

@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array) -> mx.array:
         """(B, N, D) -> (B, heads, N, D / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).swapaxes(1, 2)
+        return mx.unflatten(x, -1, (self.num_heads, -1)).swapaxes(1, 2)
 
 
 class MLP(nn.Module):
@@ -134,17 +134,18 @@ def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> No
     MLX reads past the end of a table without a word.
     """
     shape = tuple(input_ids.shape)
-    if not mx.issubdtype(input_ids.dtype, mx.integer):
-        raise ValueError(f"input_ids of type {str(input_ids.dtype).split('.')[-1]}: integers are needed")
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"input_ids of shape {shape}: a batch (B, N) is needed, neither empty")
+    if not mx.issubdtype(input_ids.dtype, mx.integer):
+        kind = str(input_ids.dtype).split(".")[-1]
+        raise ValueError(f"input_ids of type {kind}: integers are needed")
     if shape[1] > max_positions:
         raise ValueError(f"{shape[1]} tokens: this network has {max_positions} positions; truncate")
     check_range(input_ids, vocab_size, "token id")
 
 
 def check_range(ids: mx.array, size: int, what: str) -> None:
-    """Raise ValueError unless 0 <= ids < size. Skipped inside mx.compile, where values are unknown."""
+    """Raise ValueError unless 0 <= ids < size. Not inside mx.compile, where values are unknown."""
     try:
         low, high = ids.min().item(), ids.max().item()
     except ValueError:  # being traced

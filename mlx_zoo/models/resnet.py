@@ -24,7 +24,8 @@ class ResNetConfig:
     stem_width: int = 64
     groups: int = 1  # ResNeXt's cardinality
     base_width: int = 64  # channels of a group, where the stage has width 64
-    act: str = "relu"
+    act: str = "relu"  # of the stem and of what a block gives
+    inner_act: str = "relu"  # inside a block; transformers' hidden_act does not reach there
     stride_in_1x1: bool = False  # the original v1; torchvision and timm stride in the 3x3 (v1.5)
     first_stride: int = 1  # of the first stage
     num_classes: int = 1000  # 0 leaves the head out
@@ -69,7 +70,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_dims: int, width: int, stride: int, config: ResNetConfig):
         super().__init__()
-        self.act = ACTIVATIONS[config.act]
+        self.act, self.inner_act = ACTIVATIONS[config.act], ACTIVATIONS[config.inner_act]
         self.conv1 = conv3x3(in_dims, width, stride)
         self.bn1 = nn.BatchNorm(width)
         self.conv2 = conv3x3(width, width)
@@ -77,7 +78,7 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(in_dims, width, stride)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.act(self.bn1(self.conv1(x)))
+        y = self.inner_act(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         for layer in self.downsample:
             x = layer(x)
@@ -89,7 +90,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_dims: int, width: int, stride: int, config: ResNetConfig):
         super().__init__()
-        self.act = ACTIVATIONS[config.act]
+        self.act, self.inner_act = ACTIVATIONS[config.act], ACTIVATIONS[config.inner_act]
         dims = width * config.base_width // 64 * config.groups
         first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
         self.conv1 = conv1x1(in_dims, dims, first)
@@ -101,8 +102,8 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(in_dims, width * self.expansion, stride)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.act(self.bn1(self.conv1(x)))
-        y = self.act(self.bn2(self.conv2(y)))
+        y = self.inner_act(self.bn1(self.conv1(x)))
+        y = self.inner_act(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
         for layer in self.downsample:
             x = layer(x)

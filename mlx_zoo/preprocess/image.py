@@ -54,7 +54,9 @@ def _resized(image: Image, shorter: int, interpolation: str) -> Image:
     }
     width, height = image.size
     ratio = shorter / min(width, height)
-    size = [shorter if side == min(width, height) else int(side * ratio) for side in (width, height)]
+    size = [
+        shorter if side == min(width, height) else int(side * ratio) for side in (width, height)
+    ]
     return image.resize((size[0], size[1]), filters[interpolation])
 
 
@@ -69,7 +71,9 @@ def _opened(image: Any, channels: int) -> Image:
         elif isinstance(image, np.ndarray) or hasattr(image, "__array__"):
             image = Image.fromarray(_checked(np.asarray(image)))
         if not isinstance(image, Image.Image):
-            raise ValueError(f"{type(image).__name__} is not an image: give a path, bytes or an array")
+            raise ValueError(
+                f"{type(image).__name__} is not an image: give a path, bytes or an array"
+            )
         image = ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"not an image: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_zoo.catalogue import Architecture, Checkpoint, Reference, num_labels
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
-from mlx_zoo.models.bert import BERTS, HEADS, Bert, BertConfig, Dense
+from mlx_zoo.models.bert import BERTS, HEADS, POOLED, Bert, BertConfig, Dense
 from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.preprocess.sentence import read_sentence_config, sentence_files
 
@@ -44,17 +44,23 @@ BERT = Spec(
     drop=(
         "embeddings.position_ids",
         "embeddings.token_type_ids",
-        "pooler.dense.*",
+        "pooler.dense.weight",
+        "pooler.dense.bias",
         "cls.*",
         "classifier.*",
         "qa_outputs.*",
     ),
 )
 
+# A decoder of its own has its own bias; cls.predictions.bias is then a copy, or unused.
 UNTIED = replace(
     BERT,
-    layers={**BERT.layers, "cls.predictions.decoder": "mlm.decoder"},
-    tied={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    layers={
+        **{source: row for source, row in BERT.layers.items() if source != "cls.predictions.bias"},
+        "cls.predictions.decoder": "mlm.decoder",
+    },
+    tied={},
+    spare={"cls.predictions.bias": "cls.predictions.decoder.bias"},
 )
 
 OLD_NAMES = {"LayerNorm.gamma": "weight", "LayerNorm.beta": "bias"}  # from TensorFlow's
@@ -140,10 +146,9 @@ def keeps_head(checkpoint: Checkpoint, task: str | None, num_classes: int | None
 
 
 def fit(config: BertConfig, names: frozenset[str]) -> BertConfig:
-    """A bare body has a pooler where its checkpoint has one; masked language models need none."""
-    has_pooler = bool(names & {"pooler.dense.weight", "bert.pooler.dense.weight"})
-    wanted = config.task not in ("fill-mask", "token-classification", "question-answering")
-    return replace(config, pooler=has_pooler and wanted and config.task != "sentence-embedding")
+    """A bare body has a pooler where its checkpoint has one; of the tasks, some need it."""
+    has_pooler = any(name.removeprefix(BERT.prefix).startswith("pooler.") for name in names)
+    return replace(config, pooler=config.task in POOLED or (config.task is None and has_pooler))
 
 
 def published(repository: str, config: BertConfig, task: str, license: str) -> Checkpoint:

@@ -51,7 +51,9 @@ def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
         raise UnsupportedConfig(f"layer_type={block!r} in config.json is not implemented")
     sizes = config.get("hidden_sizes", (256, 512, 1024, 2048))
     if uneven := [size for size in sizes if size % expansion]:
-        raise UnsupportedConfig(f"hidden_sizes={uneven} in config.json do not divide by {expansion}")
+        raise UnsupportedConfig(
+            f"hidden_sizes={uneven} in config.json do not divide by {expansion}"
+        )
     return ResNetConfig(
         block=block,
         depths=tuple(config.get("depths", (3, 4, 6, 3))),
@@ -66,7 +68,7 @@ def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
 
 
 def bundled_digits() -> Checkpoint:
-    """The small network that ships with the package: trained in PyTorch, on scikit-learn's digits."""
+    """The small network that ships with the package, trained in PyTorch on handwritten digits."""
     facts = json.loads((DATA / "resnet_digits.json").read_text(encoding="utf-8"))
     pixels = facts["preprocessing"]
     return Checkpoint(

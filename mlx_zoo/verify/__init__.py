@@ -84,7 +84,7 @@ def _can_run_original(checkpoint) -> bool:
         return False
     library = f" and {original.library}" if original else ""
     raise MissingDependency(
-        f"verifying {checkpoint.name} needs torch{library}: pip install \"mlx-zoo[torch]\""
+        f'verifying {checkpoint.name} needs torch{library}: pip install "mlx-zoo[torch]"'
     )
 
 
@@ -103,7 +103,7 @@ def _against_original(
         source = HubSource(source.repo, checkpoint.revision)
     fetched = fetch_weights(source, **place.options)
     files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
-    original = reference.build(checkpoint, config, files, list(fetched.sha256))
+    original = reference.build(checkpoint, config, files, fetched.weights)
 
     pairs = _paired_layers(model, architecture.dialects[checkpoint.dialect], original)
     outputs, layers = compare.run(model, inputs, {ours for ours, *_ in pairs})
@@ -118,7 +118,9 @@ def _against_original(
     for ours, values in layers.items():
         theirs, (part, parts) = theirs_of[ours]
         pieces = [
-            np.split(channels_last(x[theirs], modules[ours]), parts, axis=-1)[part].reshape(values.shape)
+            np.split(channels_last(x[theirs], modules[ours]), parts, axis=-1)[part].reshape(
+                values.shape
+            )
             for x in (single, double)
         ]
         rows.append(compared(ours, values, *pieces, tolerance))
@@ -161,7 +163,9 @@ def _against_stored(model: nn.Module, device: str) -> Report:
         for name, x in read_state_dict([as_source(checkpoint.evidence).path]).items()
     }
     images = stored["images"]
-    layers = [name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")]
+    layers = [
+        name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")
+    ]
     inputs = {"pixel_values": preprocess(list(images), checkpoint.preprocessing)}
     tolerance = _tolerance(model)
     outputs, _ = compare.run(model, inputs, ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ def is_installed(library: str) -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", library))
 
 
-def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weights: list[str]):
+def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weights: Sequence[Path]):
     """The original network with its weights, in eval mode, in float32.
 
     Args:
         config: ours, which says the task, the number of classes and of input channels.
         files: name in the repository -> local path.
-        weights: the names of those files that hold the weights.
+        weights: those of them that hold the weights.
 
     Raises:
         MissingDependency: torch or the library is not installed.
@@ -144,7 +144,7 @@ def _torchvision(checkpoint: Checkpoint, config: Any, files, weights):
     torchvision = import_torchvision()
     options = {"num_classes": config.num_classes, **checkpoint.reference.options}
     model = torchvision.models.get_model(checkpoint.reference.name, weights=None, **options)
-    model.load_state_dict(_state_dict(files, weights), strict=True)
+    model.load_state_dict(_state_dict(weights), strict=True)
     return model
 
 
@@ -158,7 +158,7 @@ def _timm(checkpoint: Checkpoint, config: Any, files, weights):
         **checkpoint.reference.options,
     }
     model = timm.create_model(checkpoint.reference.name, pretrained=False, **options)
-    model.load_state_dict(_state_dict(files, weights), strict=True)
+    model.load_state_dict(_state_dict(weights), strict=True)
     return model
 
 
@@ -168,6 +168,8 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
     import transformers
 
     from mlx_zoo import registry
+
+    transformers.utils.logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as folder:
         for name, path in files.items():
@@ -184,7 +186,9 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
             folder, output_loading_info=True, attn_implementation="eager", **options
         )
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
-        raise VerificationError(f"{name} itself finds no weights for {', '.join(map(str, missing))}")
+        raise VerificationError(
+            f"{name} itself finds no weights for {', '.join(map(str, missing))}"
+        )
     return model
 
 
@@ -214,15 +218,14 @@ def _sentence_transformer(folder: str):
     return Embedder()
 
 
-def _state_dict(files: Mapping[str, Path], weights: list[str]) -> dict[str, Any]:
+def _state_dict(weights: Sequence[Path]) -> dict[str, Any]:
     """The published tensors, read by PyTorch's and safetensors' own readers, not by ours."""
     import torch
 
     from mlx_zoo.hub.torch_checkpoint import WRAPPERS, strip_prefixes
 
     state: dict[str, Any] = {}
-    for name in weights:
-        path = Path(files[name])
+    for path in weights:
         with path.open("rb") as file:
             is_pickle = file.read(2) in (b"PK", b"\x80\x02")
         if is_pickle:
@@ -233,5 +236,5 @@ def _state_dict(files: Mapping[str, Path], weights: list[str]) -> dict[str, Any]
 
             state |= load_file(path)
     if not state:
-        raise CheckpointError(f"no tensors in {', '.join(weights)}")
+        raise CheckpointError(f"no tensors in {', '.join(map(str, weights))}")
     return strip_prefixes(state)

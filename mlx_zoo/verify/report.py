@@ -173,12 +173,13 @@ class Report:
         for c in (*self.layers, *self.outputs):
             figures = [f"{x:.1e}" for x in (c.max_abs, c.max_rel, c.error, c.torch_error)]
             table.add_row(c.name, *figures, "" if c.passed else "[bold red]differs")
+        seed = "" if self.seed is None else f", seed {self.seed}"
         verdict = "[bold green]passed[/]" if self.passed else "[bold red]FAILED[/]"
         return Group(
             table,
             f"{verdict}: {self.reason}",
-            f"tolerance {self.tolerance:.0e} of the largest value, {FACTOR:.0f} times PyTorch's own "
-            f"float32 error; {self.inputs}, seed {self.seed}, {self.device}",
+            f"tolerance {self.tolerance:.0e} of the largest value and {FACTOR:.0f} times PyTorch's "
+            f"own float32 error; {self.inputs}{seed}; on the {self.device}",
         )
 
 

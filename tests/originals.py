@@ -1,0 +1,45 @@
+"""PyTorch originals in which every tensor is random, and whose activations stay of order one.
+
+A freshly initialised network proves little: its norms scale by 1, its biases are 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter and running statistic of `model` with random values of a sane size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor, std, mean=0.0):
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
+
+    def uniform(tensor, low, high):
+        tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            normal(module.weight, math.sqrt(2 / fan_in))
+        elif isinstance(module, nn.Linear):
+            normal(module.weight, 1 / math.sqrt(module.in_features))
+        elif isinstance(module, nn.Embedding):
+            normal(module.weight, 0.7)
+        elif isinstance(module, nn.BatchNorm2d):
+            last = name.endswith(("bn3", "bn2", "layer.1.normalization", "layer.2.normalization"))
+            low, high = (0.2, 0.4) if last else (0.6, 1.4)  # residuals must not pile up
+            uniform(module.weight, low, high)
+            normal(module.running_mean, 0.2)
+            uniform(module.running_var, 0.5, 1.5)
+        elif isinstance(module, nn.LayerNorm):
+            uniform(module.weight, 0.5, 1.5)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            normal(bias, 0.2)
+    untouched = [n for n, p in model.named_parameters() if bool((p == 0).all() or (p == 1).all())]
+    assert not untouched, untouched
+    return model.eval()
