@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -95,7 +96,8 @@ def _load_safetensors(path: Path, header: Header) -> dict[str, mx.array]:
     if any(info.dtype == "F64" for info in header.tensors.values()):
         return _read_with_numpy(path, header)  # mx.load refuses a file with any float64 in it
     try:
-        return mx.load(str(path), format="safetensors")
+        arrays: Any = mx.load(str(path), format="safetensors")
+        return arrays
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -212,7 +212,7 @@ class Archive(NamedTuple):
     regions: dict[str, Region]
 
 
-STORAGE_DTYPES = {
+STORAGE_DTYPES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
@@ -272,7 +272,7 @@ def _ordered_dict(pairs: list) -> OrderedDict:
     return result
 
 
-def _set_item(target: object, key: object, value: object) -> None:
+def _set_item(target: Any, key: object, value: object) -> None:
     if type(target) not in (dict, OrderedDict):
         raise CheckpointError(f"an item set on {_kind(target)}")
     # Hashing a deep tuple overflows the C stack, and large integers can be made to collide.
@@ -556,7 +556,8 @@ OPCODES: dict[int, Callable[[Machine], object]] = {
 
 def _check_nesting(root: object) -> object:
     """Refuse a value deeper than MAX_NESTING. No recursion; what is shared is visited once."""
-    level, seen = [root], set()
+    level: list[Any] = [root]
+    seen: set[int] = set()
     for _ in range(MAX_NESTING):
         level = [item for item in level if type(item) in (tuple, list, dict, OrderedDict)]
         level = list({id(item): item for item in level if id(item) not in seen}.values())
@@ -573,7 +574,7 @@ STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_VERSION = 1001
 
 
-def _read_stream(file: BinaryIO, size: int) -> Archive:
+def _read_stream(file: io.BufferedReader, size: int) -> Archive:
     """Five pickles (magic, version, machine, value, storage keys), then each storage's elements."""
     file.seek(0)
     data = file.read(MAX_PICKLE)
@@ -599,7 +600,7 @@ def _read_stream(file: BinaryIO, size: int) -> Archive:
 
 
 def _stream_regions(
-    file: BinaryIO, position: int, storages: list[Storage], size: int
+    file: io.BufferedReader, position: int, storages: list[Storage], size: int
 ) -> dict[str, Region]:
     regions = {}
     for storage in storages:
@@ -653,7 +654,7 @@ def looks_like(first_bytes: bytes) -> str:
     return f"something else: it starts with {first_bytes[:8]!r}"
 
 
-def _starts(file: BinaryIO, signature: bytes) -> bool:
+def _starts(file: io.BufferedReader, signature: bytes) -> bool:
     file.seek(0)
     return file.read(len(signature)) == signature
 
@@ -680,7 +681,7 @@ class Member(NamedTuple):
     is_stored: bool  # neither compressed nor encrypted
 
 
-def _read_zip(file: BinaryIO, size: int) -> Archive:
+def _read_zip(file: io.BufferedReader, size: int) -> Archive:
     """`<root>/data.pkl` and `<root>/data/<key>` for each storage, all stored, none compressed."""
     members, directory_start = _central_directory(file, size)
     if any(b"/code/" in m.name or m.name.endswith(b"/constants.pkl") for m in members):
@@ -723,7 +724,7 @@ def _archive_root(regions: Mapping[str, Region]) -> str:
     return root
 
 
-def _check_byte_order(file: BinaryIO, regions: Mapping[str, Region], root: str) -> None:
+def _check_byte_order(file: io.BufferedReader, regions: Mapping[str, Region], root: str) -> None:
     region = regions.get(f"{root}/byteorder")
     order = b"little" if region is None else _read_small(file, region, "byteorder")
     if order == b"big":
@@ -735,7 +736,7 @@ def _check_byte_order(file: BinaryIO, regions: Mapping[str, Region], root: str) 
         raise CheckpointError("the archive does not say which version of torch's format it has")
 
 
-def _central_directory(file: BinaryIO, size: int) -> tuple[list[Member], int]:
+def _central_directory(file: io.BufferedReader, size: int) -> tuple[list[Member], int]:
     """The members of the archive, and where their list starts; it must end where the file ends."""
     end_start = size - END.size
     signature, _, _, _, count, directory_size, start, comment = _unpack(file, end_start, END)
@@ -803,7 +804,7 @@ def _zip64(values: tuple[int, ...], extra: bytes) -> list[int]:
     return result
 
 
-def _member_regions(file: BinaryIO, members: list[Member], end: int) -> dict[str, Region]:
+def _member_regions(file: io.BufferedReader, members: list[Member], end: int) -> dict[str, Region]:
     """Where each member's bytes lie, before `end`; local headers agree, and nothing overlaps."""
     regions: dict[str, Region] = {}
     position = 0
@@ -835,7 +836,7 @@ def _member_name(member: Member) -> str:
     return name
 
 
-def _local_region(file: BinaryIO, member: Member) -> tuple[Region, int]:
+def _local_region(file: io.BufferedReader, member: Member) -> tuple[Region, int]:
     """Where the member's bytes lie, and where the member ends with its data descriptor."""
     fields = _unpack(file, member.header_start, LOCAL_HEADER)
     signature, _, flags, method, _, _, crc, packed, size, name_size, extra_size = fields
@@ -871,7 +872,7 @@ def _descriptors(member: Member) -> Iterator[bytes]:
         yield struct.pack("<4s3I", b"PK\7\10", member.crc, member.size, member.size)
 
 
-def _unpack(file: BinaryIO, position: int, layout: struct.Struct) -> tuple:
+def _unpack(file: io.BufferedReader, position: int, layout: struct.Struct) -> tuple:
     if position < 0:
         raise CheckpointError("the archive is truncated")
     file.seek(position)
@@ -892,7 +893,7 @@ def _check_total(tensors: Mapping[str, TensorRef], file_size: int) -> None:
 
 
 def _read_storages(
-    file: BinaryIO, tensors: Mapping[str, TensorRef], regions: Mapping[str, Region]
+    file: io.BufferedReader, tensors: Mapping[str, TensorRef], regions: Mapping[str, Region]
 ) -> dict[str, mx.array]:
     """The tensors as arrays, in the same order; storages are read once, in the file's order."""
     views: dict[str, set[TensorRef]] = {}
@@ -921,18 +922,18 @@ def _to_array(buffer: np.ndarray, ref: TensorRef) -> mx.array:
     return array.view(mx.bfloat16) if ref.storage.dtype == "BFloat16Storage" else array
 
 
-def _read_region(file: BinaryIO, region: Region, what: str) -> np.ndarray:
+def _read_region(file: io.BufferedReader, region: Region, what: str) -> np.ndarray:
     """The bytes of a region (uint8), checked against its CRC where there is one."""
     buffer = np.empty(region.num_bytes, np.uint8)
     file.seek(region.start)
-    if file.readinto(memoryview(buffer)) != region.num_bytes:
+    if file.readinto(buffer.data) != region.num_bytes:
         raise CheckpointError(f"truncated in {what}")
-    if region.crc is not None and zlib.crc32(memoryview(buffer)) != region.crc:
+    if region.crc is not None and zlib.crc32(buffer.data) != region.crc:
         raise IntegrityError(f"{what} does not have the CRC-32 that the archive promises")
     return buffer
 
 
-def _read_small(file: BinaryIO, region: Region, what: str) -> bytes:
+def _read_small(file: io.BufferedReader, region: Region, what: str) -> bytes:
     if region.num_bytes > 64:
         raise CheckpointError(f"{what} has {region.num_bytes} bytes")
     return _read_region(file, region, what).tobytes()

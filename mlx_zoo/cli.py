@@ -1,0 +1,397 @@
+"""The command `mlx-zoo`. Errors are one line on stderr and exit status 1; 2 is for wrong usage."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import mlx_zoo
+from mlx_zoo import describe
+from mlx_zoo.catalogue import Checkpoint
+from mlx_zoo.describe import Place
+from mlx_zoo.errors import MLXZooError
+from mlx_zoo.hub import cache as store
+
+
+def console() -> Console:
+    """As wide as the terminal; wide enough for any table in a pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+class Group(click.Group):
+    """Turns what is expected to go wrong into one clear line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MLXZooError, ValueError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(mlx_zoo.__version__)
+def main(debug: bool) -> None:
+    """Famous pretrained networks for Apple's MLX."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+
+# Shared options ---------------------------------------------------------------------------------
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+PLACE = (
+    click.option(
+        "--cache-dir", type=click.Path(path_type=Path), help="Instead of the usual cache."
+    ),
+    click.option("--offline", is_flag=True, help="Never ask the network."),
+    click.option("--revision", help="Branch, tag or commit of a hub repository."),
+)
+NETWORK = (
+    click.option("--pretrained", type=click.Path(), help="Other weights of the same network."),
+    click.option("--task", help="Which head, for text networks."),
+    click.option("--num-classes", type=int, help="Another number makes a fresh head."),
+    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"])),
+)
+
+
+def options(*groups: tuple[Callable, ...]) -> Callable:
+    """Several shared options at once, given to the command as keyword arguments."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def loading(
+    *, pretrained=None, offline=False, dtype=None, task=None, num_classes=None, **place: Any
+) -> dict[str, Any]:
+    """The command line's options as `mlx_zoo.load` takes them."""
+    return {
+        "pretrained": pretrained or True,
+        "local_files_only": offline,
+        "task": task,
+        "num_classes": num_classes,
+        "dtype": dtype,
+        **place,
+    }
+
+
+def show(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+# Commands ---------------------------------------------------------------------------------------
+
+
+@main.command("list")
+@click.argument("pattern", default="*")
+@click.option("--pretrained", is_flag=True, help="Only names with published weights.")
+@as_json
+def list_models(pattern: str, pretrained: bool, as_json: bool) -> None:
+    """The models whose names match PATTERN ('resnet50*')."""
+    names = mlx_zoo.list_models(pattern, pretrained=pretrained)
+    if as_json:
+        show(names)
+        return
+    click.echo("\n".join(names) if names else f"no model matches {pattern}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--system", is_flag=True, help="What MLX runs on here, and how fast.")
+@options(PLACE)
+@as_json
+def info(name: str | None, system: bool, as_json: bool, revision, cache_dir, offline) -> None:
+    """What is known of a model, or of this system."""
+    if system or name is None:
+        facts = _system()
+    else:
+        options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
+        checkpoint = mlx_zoo.info(name, **options)
+        if as_json:
+            show(asdict(checkpoint))
+            return
+        facts = _card(checkpoint)
+    if as_json:
+        show(facts)
+        return
+    _print_facts(facts)
+
+
+@main.command()
+@click.argument("name")
+@options(NETWORK, PLACE)
+@click.option("--verify", is_flag=True, help="Compare with the PyTorch original, once.")
+@as_json
+def load(name: str, as_json: bool, verify: bool, **chosen: Any) -> None:
+    """Fetch, convert and keep a model's weights, so that they load at once."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    start = time.perf_counter()
+    model = mlx_zoo.load(name, verify=verify, **loading(**chosen))
+    seconds = time.perf_counter() - start
+    weights = [x for _, x in tree_flatten(model.parameters())]
+    facts = {
+        "name": model.checkpoint.name,
+        "source": model.checkpoint.source,
+        "revision": model.checkpoint.revision,
+        "dialect": model.checkpoint.dialect,
+        "parameters": sum(x.size for _, x in tree_flatten(model.trainable_parameters())),
+        "bytes": sum(x.nbytes for x in weights),
+        "dtype": ", ".join(sorted({str(x.dtype).split(".")[-1] for x in weights})),
+        "device": str(mx.default_device()),
+        "seconds": round(seconds, 3),
+    }
+    if as_json:
+        show(facts)
+    else:
+        _print_facts({k: v for k, v in facts.items() if v is not None})
+
+
+@main.command()
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+@options(NETWORK, PLACE)
+@as_json
+def convert(name: str, folder: Path, as_json: bool, **chosen: Any) -> None:
+    """Write a self-contained FOLDER that `local-dir:FOLDER` loads."""
+    options = loading(**chosen)
+    path = mlx_zoo.convert(name, folder, options.pop("pretrained"), **options)
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    if as_json:
+        show({"folder": str(path), "files": files})
+    else:
+        click.echo(f"{path}: {', '.join(files)}\nload it with: local-dir:{path}")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--dialect", help="Whose names to write: torchvision, timm, transformers.")
+@options(NETWORK, PLACE)
+@as_json
+def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: Any) -> None:
+    """Write a model's weights as PyTorch names and stores them (safetensors)."""
+    path = mlx_zoo.export(mlx_zoo.load(name, **loading(**chosen)), file, dialect=dialect)
+    if as_json:
+        show({"file": str(path), "bytes": path.stat().st_size})
+    else:
+        click.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@main.command()
+@click.argument("name")
+@options(NETWORK, PLACE)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--size", type=int, help="Side of the images, or number of tokens.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--html", type=click.Path(path_type=Path), help="Write the report as a page, too.")
+@as_json
+def verify(name: str, as_json: bool, device, size, seed, html: Path | None, **chosen: Any) -> None:
+    """Compare a model with its PyTorch original, layer by layer. Exit status 1 if they differ."""
+    options = loading(**chosen)
+    report = mlx_zoo.verify(
+        name, options.pop("pretrained"), device=device, size=size, seed=seed, **options
+    )
+    if html:
+        html.write_text(report.to_html(), encoding="utf-8")
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        console().print(report)
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True)
+@options(NETWORK, PLACE)
+@as_json
+def predict(name: str, images: tuple[str, ...], top_k: int, as_json: bool, **chosen: Any) -> None:
+    """Classify images."""
+    classify = mlx_zoo.pipeline("image-classification", mlx_zoo.load(name, **loading(**chosen)))
+    answers = classify(list(images), top_k=top_k)
+    if as_json:
+        show(dict(zip(images, answers, strict=True)))
+        return
+    for image, found in zip(images, answers, strict=True):
+        click.echo(image)
+        for answer in found:
+            click.echo(f"  {answer['score']:7.2%}  {answer['label']}")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("texts", nargs=-1)
+@options(PLACE)
+@as_json
+def embed(name: str, texts: tuple[str, ...], as_json: bool, revision, cache_dir, offline) -> None:
+    """Embed sentences; without TEXTS, the lines of standard input."""
+    if not texts:
+        texts = tuple(line.rstrip("\n") for line in click.get_text_stream("stdin"))
+    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
+    vectors = mlx_zoo.pipeline("sentence-embedding", name, **options)(list(texts))
+    if as_json:
+        show([{"text": t, "embedding": v.tolist()} for t, v in zip(texts, vectors, strict=True)])
+        return
+    for vector in vectors:
+        click.echo(" ".join(f"{x:.6g}" for x in vector))
+
+
+@main.group()
+def cache() -> None:
+    """The converted weights that are kept."""
+
+
+@cache.command("list")
+@click.option("--cache-dir", type=click.Path(path_type=Path))
+@as_json
+def cache_list(cache_dir: Path | None, as_json: bool) -> None:
+    """What is there."""
+    root = store.cache_root(cache_dir)
+    entries = list(store.entries(root))
+    if as_json:
+        rows = [
+            {"path": str(e.path), **e.manifest, "verification": e.verification} for e in entries
+        ]
+        show(rows)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "source", "made", "MB", "verified"):
+        table.add_column(column, justify="right" if column == "MB" else "left", overflow="fold")
+    for entry in entries:
+        name = entry.manifest.get("checkpoint", {}).get("name", entry.path.name)
+        done = entry.verification
+        verdict = "-" if done is None else ("yes" if done.get("passed") else "FAILED")
+        made = str(entry.manifest.get("created", ""))[:10]
+        source = str(entry.manifest.get("source"))
+        table.add_row(name, source, made, f"{entry.size / 1e6:.1f}", verdict)
+    console().print(table)
+    click.echo(f"{len(entries)} in {root}")
+
+
+@cache.command("verify")
+@click.option("--cache-dir", type=click.Path(path_type=Path))
+@as_json
+def cache_verify(cache_dir: Path | None, as_json: bool) -> None:
+    """Hash every entry again. Exit status 1 if one is damaged."""
+    problems = {}
+    entries = list(store.entries(store.cache_root(cache_dir)))
+    for entry in entries:
+        try:
+            store.check(entry)
+        except (MLXZooError, OSError) as error:
+            problems[str(entry.path)] = str(error)
+    if as_json:
+        show({"checked": len(entries), "damaged": problems})
+    else:
+        for path, problem in problems.items():
+            click.echo(f"{path}: {problem}", err=True)
+        click.echo(f"{len(entries) - len(problems)} of {len(entries)} are whole")
+    if problems:
+        sys.exit(1)
+
+
+@cache.command("prune")
+@click.option("--cache-dir", type=click.Path(path_type=Path))
+@click.option("--days", type=float, help="Also entries older than this; 0 removes all.")
+@as_json
+def cache_prune(cache_dir: Path | None, days: float | None, as_json: bool) -> None:
+    """Remove what was set aside or left unfinished, and with --days old entries."""
+    removed = [str(path) for path in store.prune(store.cache_root(cache_dir), days)]
+    if as_json:
+        show(removed)
+    else:
+        click.echo("\n".join([*removed, f"{len(removed)} removed"]))
+
+
+@main.command()
+@as_json
+def demo(as_json: bool) -> None:
+    """Load, verify and run the bundled network: no network access, no PyTorch needed."""
+    from mlx_zoo.demo import run
+
+    sys.exit(0 if run(console(), as_json) else 1)
+
+
+# What is shown ----------------------------------------------------------------------------------
+
+
+def _card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as the lines of a model card."""
+    facts: dict[str, Any] = {
+        "name": checkpoint.name,
+        "architecture": checkpoint.architecture,
+        "source": checkpoint.source,
+        "licence": checkpoint.license,
+        "parameters": checkpoint.num_params and f"{checkpoint.num_params:,}",
+        "task": checkpoint.task,
+        "ImageNet accuracy": ", ".join(
+            f"{k.replace('acc', 'top-')} {v:.2f} %" for k, v in checkpoint.accuracy.items()
+        ),
+    }
+    if how := checkpoint.preprocessing:
+        facts["input"] = (
+            f"{how.size} x {how.size}, from {how.resize} by {how.interpolation}; "
+            f"mean {', '.join(map(str, how.mean))}; std {', '.join(map(str, how.std))}"
+        )
+    if checkpoint.reference:
+        facts["original"] = f"{checkpoint.reference.library} {checkpoint.reference.name}".strip()
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _system() -> dict[str, Any]:
+    import platform
+    from importlib.util import find_spec
+
+    import mlx.core as mx
+
+    from mlx_zoo.backend import blas
+
+    library = blas.current()
+    return {
+        "mlx_zoo": mlx_zoo.__version__,
+        "mlx": mx.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(mx.default_device()),
+        "blas": " ".join(filter(None, (library.name, library.path and f"({library.path})"))),
+        "note": library.note,
+        "float32 matmul on the CPU": f"{blas.measure_gflops():.0f} GFLOP/s",
+        "cache": str(Place().root),
+        "PyTorch originals": ", ".join(
+            name for name in ("torch", "torchvision", "timm", "transformers") if find_spec(name)
+        )
+        or "not installed: pip install 'mlx-zoo[torch]' to verify against them",
+    }
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        if fact not in (None, ""):
+            table.add_row(name, f"{fact:,}" if isinstance(fact, int) else str(fact))
+    console().print(table)
