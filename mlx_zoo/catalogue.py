@@ -6,12 +6,10 @@ import csv
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import mlx.nn as nn
 
 from mlx_zoo.mapping.spec import Spec
 
@@ -52,6 +50,7 @@ class Checkpoint:
     task: str | None = None  # the task whose head the weights carry, where the publisher says
     sha256: str | None = None  # of the file; at least its first 8 digits
     revision: str | None = None  # the commit, once it is known
+    folder: str | None = None  # that `convert` wrote, with the files that go with the weights
     license: str | None = None
     num_params: int | None = None  # as published
     accuracy: Mapping[str, float] = field(default_factory=dict)  # {"acc1": 69.758}: ImageNet, %
@@ -72,13 +71,13 @@ class Architecture:
     """A family of networks: one native module and the dialects in which its weights come."""
 
     name: str
-    model: type[nn.Module]
+    model: type[Any]  # an mlx.nn.Module made from a config
     variants: Mapping[str, Any]  # name -> frozen config
     dialects: Mapping[str, Spec]  # publisher (and what sets it apart) -> Spec
     inputs: str  # "images" or "tokens"
     tasks: tuple[str, ...]
     model_type: str | None = None  # in transformers' config.json
-    read_config: Callable[[Mapping[str, Any]], Any] | None = None  # config.json -> config
+    read_config: Callable[[Mapping[str, Any]], Any] = lambda config: None  # config.json -> config
     classes: Mapping[str, str | None] = field(default_factory=dict)  # transformers' -> task
     # What a repository's other files say: which are wanted next, given those in hand; and
     # the config as they complete it.
@@ -140,9 +139,17 @@ def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
             test_resize=test_size
             and _timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
         ),
+        labels=imagenet_labels() if num_classes == 1000 else (),
         aliases=tuple(row["aliases"].split()),
         default=row["default"] == "1",
     )
+
+
+@cache
+def imagenet_labels() -> tuple[str, ...]:
+    """The 1000 classes of ImageNet-1k in their order, as torchvision writes them."""
+    path = Path(__file__).parent / "data" / "imagenet1k.txt"
+    return tuple(path.read_text(encoding="utf-8").splitlines())
 
 
 def _timm_resize(size: int, crop_pct: str) -> int:

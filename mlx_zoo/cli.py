@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 import mlx_zoo
-from mlx_zoo import describe
+from mlx_zoo import registry
 from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import MLXZooError
 from mlx_zoo.hub import cache as store
+from mlx_zoo.mapping import engine
 
 
 def console() -> Console:
@@ -69,7 +68,7 @@ NETWORK = (
 )
 
 
-def options(*groups: tuple[Callable, ...]) -> Callable:
+def options(*groups: tuple[Callable[[Callable], Callable], ...]) -> Callable:
     """Several shared options at once, given to the command as keyword arguments."""
 
     def decorate(command: Callable) -> Callable:
@@ -104,9 +103,13 @@ def show(value: Any) -> None:
 @main.command("list")
 @click.argument("pattern", default="*")
 @click.option("--pretrained", is_flag=True, help="Only names with published weights.")
+@click.option("--markdown", is_flag=True, help="A table of what can be loaded, as in the README.")
 @as_json
-def list_models(pattern: str, pretrained: bool, as_json: bool) -> None:
+def list_models(pattern: str, pretrained: bool, markdown: bool, as_json: bool) -> None:
     """The models whose names match PATTERN ('resnet50*')."""
+    if markdown:
+        click.echo(_markdown(pattern))
+        return
     names = mlx_zoo.list_models(pattern, pretrained=pretrained)
     if as_json:
         show(names)
@@ -124,10 +127,10 @@ def info(name: str | None, system: bool, as_json: bool, revision, cache_dir, off
     if system or name is None:
         facts = _system()
     else:
-        options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
-        checkpoint = mlx_zoo.info(name, **options)
+        place = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
+        checkpoint = mlx_zoo.info(name, **place)
         if as_json:
-            show(asdict(checkpoint))
+            show({**asdict(checkpoint), "num_params": registry.num_parameters(checkpoint)})
             return
         facts = _card(checkpoint)
     if as_json:
@@ -144,18 +147,17 @@ def info(name: str | None, system: bool, as_json: bool, revision, cache_dir, off
 def load(name: str, as_json: bool, verify: bool, **chosen: Any) -> None:
     """Fetch, convert and keep a model's weights, so that they load at once."""
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     start = time.perf_counter()
     model = mlx_zoo.load(name, verify=verify, **loading(**chosen))
     seconds = time.perf_counter() - start
-    weights = [x for _, x in tree_flatten(model.parameters())]
+    weights = engine.parameters(model).values()
     facts = {
         "name": model.checkpoint.name,
         "source": model.checkpoint.source,
         "revision": model.checkpoint.revision,
         "dialect": model.checkpoint.dialect,
-        "parameters": sum(x.size for _, x in tree_flatten(model.trainable_parameters())),
+        "parameters": engine.num_parameters(model),
         "bytes": sum(x.nbytes for x in weights),
         "dtype": ", ".join(sorted({str(x.dtype).split(".")[-1] for x in weights})),
         "device": str(mx.default_device()),
@@ -248,10 +250,9 @@ def predict(name: str, images: tuple[str, ...], top_k: int, as_json: bool, **cho
 @as_json
 def embed(name: str, texts: tuple[str, ...], as_json: bool, revision, cache_dir, offline) -> None:
     """Embed sentences; without TEXTS, the lines of standard input."""
-    if not texts:
-        texts = tuple(line.rstrip("\n") for line in click.get_text_stream("stdin"))
-    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
-    vectors = mlx_zoo.pipeline("sentence-embedding", name, **options)(list(texts))
+    texts = texts or tuple(sys.stdin.read().splitlines())
+    place = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
+    vectors = mlx_zoo.pipeline("sentence-embedding", name, **place)(list(texts))
     if as_json:
         show([{"text": t, "embedding": v.tolist()} for t, v in zip(texts, vectors, strict=True)])
         return
@@ -345,9 +346,9 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": checkpoint.architecture,
         "source": checkpoint.source,
         "licence": checkpoint.license,
-        "parameters": checkpoint.num_params and f"{checkpoint.num_params:,}",
+        "parameters": f"{registry.num_parameters(checkpoint):,}",
         "task": checkpoint.task,
-        "ImageNet accuracy": ", ".join(
+        "accuracy": ", ".join(
             f"{k.replace('acc', 'top-')} {v:.2f} %" for k, v in checkpoint.accuracy.items()
         ),
     }
@@ -361,8 +362,33 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact}
 
 
+def _markdown(pattern: str) -> str:
+    """One row for each bare name that has published weights."""
+    rows = [
+        "| model | parameters | checkpoints | top-1 | licence | original |",
+        "|---|---:|---:|---:|---|---|",
+    ]
+    for name in mlx_zoo.list_models(pattern, pretrained=True):
+        checkpoint = mlx_zoo.info(name)
+        if not checkpoint.default or name != checkpoint.variant:
+            continue
+        tags = mlx_zoo.list_models(f"{name}.*", pretrained=True)
+        accuracy = checkpoint.accuracy.get("acc1")
+        cells = (
+            f"`{name}`",
+            f"{registry.num_parameters(checkpoint) / 1e6:.1f} M",
+            str(max(len(tags), 1)),
+            f"{accuracy:.1f} %" if accuracy else "",
+            checkpoint.license or "",
+            checkpoint.reference.library if checkpoint.reference else "",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _system() -> dict[str, Any]:
     import platform
+    from importlib.metadata import version
     from importlib.util import find_spec
 
     import mlx.core as mx
@@ -372,7 +398,7 @@ def _system() -> dict[str, Any]:
     library = blas.current()
     return {
         "mlx_zoo": mlx_zoo.__version__,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": str(mx.default_device()),

@@ -9,13 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
 import mlx_zoo
 from mlx_zoo.describe import DATA
 from mlx_zoo.hub.checkpoint import read_state_dict
+from mlx_zoo.mapping.engine import num_parameters
 from mlx_zoo.preprocess.image import preprocess
 
 NAME = "resnet_digits"
@@ -38,7 +38,7 @@ def run(console: Console, as_json: bool = False) -> bool:
     facts = {
         "name": NAME,
         "source": model.checkpoint.source,
-        "parameters": sum(x.size for _, x in tree_flatten(model.trainable_parameters())),
+        "parameters": num_parameters(model),
         "cold_load_seconds": cold,
         "warm_load_seconds": warm,
         "verification": report.summary(),
@@ -68,6 +68,7 @@ def _show(console: Console, facts: dict[str, Any], report, images, labels, score
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
+    output = report.outputs[0]
     rows = {
         "read": f"a PyTorch checkpoint, {facts['parameters']:,} parameters, without PyTorch: "
         "its pickle was not executed",
@@ -75,8 +76,8 @@ def _show(console: Console, facts: dict[str, Any], report, images, labels, score
         f"{facts['warm_load_seconds'] * 1e3:.0f} ms from the cache",
         "verified": f"{verdict} in {len(report.layers)} layers and its output, "
         f"against {report.evidence}",
-        "": f"max |difference| {report.max_abs:.1e} of {report.outputs[0].scale:.1f}; error against "
-        f"float64 {report.outputs[0].error:.1e}, PyTorch's own {report.outputs[0].torch_error:.1e}",
+        "": f"max |difference| {report.max_abs:.1e} of {output.scale:.1f}; "
+        f"error against float64 {output.error:.1e}, PyTorch's own {output.torch_error:.1e}",
         "predicted": f"{facts['right']} of {facts['held_out']} held-out digits right "
         f"({facts['accuracy']:.1%}), {facts['images_per_second']:,.0f} images/s "
         f"on {facts['device']}",
@@ -96,7 +97,7 @@ def _show(console: Console, facts: dict[str, Any], report, images, labels, score
     )
 
 
-def _show_digits(console: Console, images, labels, scores, count: int = 7) -> None:
+def _show_digits(console: Console, images, labels, scores, count: int = 6) -> None:
     """A few of the held-out digits and what the network says of them; a wrong one comes last."""
     wrong = np.flatnonzero(scores.argmax(axis=1) != labels)
     shown = [*range(count - min(1, len(wrong))), *wrong[:1]]
@@ -106,8 +107,7 @@ def _show_digits(console: Console, images, labels, scores, count: int = 7) -> No
     captions = []
     for i in shown:
         guess = int(scores[i].argmax())
-        caption = f"{guess}  {scores[i, guess]:.1%}"
-        if guess != labels[i]:
-            caption = f"{guess}, but it is {labels[i]}"
+        right = guess == labels[i]
+        caption = f"{guess}  {scores[i, guess]:.1%}" if right else f"{guess}, is a {labels[i]}"
         captions.append(caption.ljust(16))
-    console.print("  ".join(captions), markup=False)
+    console.print("  ".join(captions).rstrip(), markup=False)

@@ -58,13 +58,17 @@ def find(name: str | os.PathLike[str], revision: str | None, place: Place) -> Ch
 
     Raises UnknownModel, UnsupportedConfig, DownloadError; ValueError for a bare file.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(f"name={name!r}: the name of a model, a source or a path is needed")
     source = parse_source(name, revision)
     if source is None:
         checkpoint = registry.find(os.fspath(name))
-        if revision is not None:
-            checkpoint = replace(checkpoint, source=f"{checkpoint.source}@{revision}")
-            as_source(checkpoint.source)  # refuses where there are no revisions
-        return checkpoint
+        if revision is None:
+            return checkpoint
+        if not checkpoint.source.startswith("hf-hub:"):
+            raise ValueError(f"{name} has no revisions: leave out revision={revision!r}")
+        source = parse_source(checkpoint.source, revision)
+        return replace(checkpoint, source=str(source))
     if isinstance(source, (FileSource, UrlSource)):
         raise ValueError(
             f"{name} does not say which architecture it is for; give both: "
@@ -80,7 +84,9 @@ def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
         return checkpoint
     if checkpoint.reference is None or checkpoint.reference.library != "transformers":
         return checkpoint
-    own = read(as_source(checkpoint.source), place)
+    source = as_source(checkpoint.source)
+    assert isinstance(source, HubSource)
+    own = read(source, place)
     task = checkpoint.task if own.task is None else own.task
     return replace(checkpoint, config=own.config, labels=own.labels, task=task)
 
@@ -88,7 +94,7 @@ def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
 def with_weights_of(checkpoint: Checkpoint, other: str | os.PathLike[str]) -> Checkpoint:
     """`checkpoint` with the weights of a local file or another source: what was published of it,
     its hash included, does not hold for them."""
-    source = parse_source(other)
+    source = parse_source(other) if isinstance(other, (str, os.PathLike)) else None
     if source is None:
         raise ValueError(
             f"pretrained={other!r}: True, the path of a checkpoint, or a source is needed"
@@ -106,7 +112,7 @@ def with_weights_of(checkpoint: Checkpoint, other: str | os.PathLike[str]) -> Ch
 def as_source(text: str) -> Source:
     """The source that a checkpoint names; `package:` is what ships with mlx_zoo."""
     if text.startswith("package:"):
-        return FileSource(DATA / text.removeprefix("package:"))
+        return FileSource(path_of(text))
     source = parse_source(text)
     if source is None:
         raise UnknownModel(
@@ -116,12 +122,17 @@ def as_source(text: str) -> Source:
     return source
 
 
-def read(source: Source, place: Place) -> Checkpoint:
+def path_of(text: str) -> Path:
+    """The file that a `package:` source names."""
+    return DATA / text.removeprefix("package:")
+
+
+def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     """What a repository or folder says of itself."""
     fetched = fetch_files(source, (), optional=("config.json", cache.MANIFEST), **place.options)
     files = fetched.files
     if isinstance(source, DirectorySource) and is_converted(source.path):
-        return from_json(read_json(files[cache.MANIFEST]))[0]
+        return replace(from_json(read_json(files[cache.MANIFEST]))[0], source=str(source))
     if "config.json" not in files:
         raise CheckpointError(
             f"{source} has no config.json, so its architecture is unknown: "
@@ -129,9 +140,11 @@ def read(source: Source, place: Place) -> Checkpoint:
         )
     config = read_json(files["config.json"])
     name = source.repo if isinstance(source, HubSource) else source.path.resolve().name
-    checkpoint = (
-        _of_timm(config, name) if "architecture" in config else _of_transformers(config, name)
-    )
+    read_config = _of_timm if "architecture" in config else _of_transformers
+    try:
+        checkpoint = read_config(config, name)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
     return replace(checkpoint, source=str(source))
 
 
@@ -151,7 +164,7 @@ def companions(
     checkpoint: Checkpoint, architecture: Architecture, place: Place
 ) -> Mapping[str, Path]:
     """The files beside the weights that their use needs: config.json, the tokenizer's."""
-    source = as_source(checkpoint.source)
+    source = as_source(f"local-dir:{checkpoint.folder}" if checkpoint.folder else checkpoint.source)
     if not isinstance(source, (HubSource, DirectorySource)):
         return {}
     if isinstance(source, HubSource):
@@ -195,14 +208,10 @@ def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
     classes = config.get("architectures") or [None]
     if classes[0] is not None and classes[0] not in architecture.classes:
         raise UnsupportedConfig(f"{name}: {classes[0]} in config.json is not implemented")
-    try:
-        own = architecture.read_config(config)
-    except (TypeError, ValueError) as error:
-        raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
     return Checkpoint(
         name=name,
         architecture=architecture.name,
-        config=own,
+        config=architecture.read_config(config),
         source="",
         dialect="transformers",
         reference=Reference("transformers"),
@@ -220,7 +229,7 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
         raise UnsupportedConfig(f"{name}: model_args={config['model_args']} is not implemented")
     published = config.get("pretrained_cfg") or {}
     in_chans, *size = published.get("input_size") or (3, 224, 224)
-    num_classes = config.get("num_classes", published.get("num_classes", 1000))
+    num_classes = int(config.get("num_classes", published.get("num_classes", 1000)))
     return Checkpoint(
         name=name,
         architecture=architecture.name,
@@ -257,5 +266,5 @@ def from_json(manifest: Mapping[str, Any]) -> tuple[Checkpoint, Any]:
             if values[name] is not None:
                 values[name] = config_from(nested, values[name])
         return config_from(Checkpoint, values), config_from(kind, manifest["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{cache.MANIFEST} is not one of mlx_zoo's: {error!r}") from error

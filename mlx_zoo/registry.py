@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_zoo import specs
 from mlx_zoo.catalogue import Architecture, Checkpoint
 from mlx_zoo.errors import UnknownModel
+from mlx_zoo.mapping import engine
 
 
 @cache
@@ -51,7 +52,7 @@ def find(name: str) -> Checkpoint:
     except KeyError:
         close = difflib.get_close_matches(key(name), _names(), n=4, cutoff=0.6)
         hint = (
-            f"did you mean {', '.join(dict.fromkeys(_names()[c].name for c in close))}?"
+            f"did you mean {', '.join(close)}?"
             if close
             else "mlx_zoo.list_models() has all names; a repository of the hub is 'org/name'"
         )
@@ -69,6 +70,13 @@ def family(variant: str) -> Architecture | None:
         if key(variant) in map(key, architecture.variants):
             return architecture
     return None
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """As published; where that is not known, of the network itself (nothing is allocated)."""
+    if checkpoint.num_params is not None:
+        return checkpoint.num_params
+    return engine.num_parameters(architectures()[checkpoint.architecture].model(checkpoint.config))
 
 
 def of_model(model: nn.Module) -> Architecture:

@@ -17,15 +17,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_zoo import describe, registry
 from mlx_zoo.catalogue import Architecture, Checkpoint, config_from
 from mlx_zoo.describe import Place, as_source
-from mlx_zoo.errors import CheckpointError, IntegrityError, MappingError, VerificationError
+from mlx_zoo.errors import (
+    CheckpointError,
+    IntegrityError,
+    MappingError,
+    MLXZooError,
+    VerificationError,
+)
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
-from mlx_zoo.hub.fetch import fetch_files, fetch_weights, resolve_revision
+from mlx_zoo.hub.fetch import Fetched, fetch_files, fetch_weights, resolve_revision
 from mlx_zoo.hub.source import DirectorySource, HubSource, UrlSource
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.spec import Spec
@@ -99,10 +104,11 @@ def load(
         checkpoint = describe.with_weights_of(checkpoint, pretrained)
     request = Request(checkpoint, architecture, wanted, num_classes, in_chans, dtype)
     converted = _converted(request, place, allow_nonfinite)
-    model = _build(converted, request)
+    _check_head(converted, request)
+    model = _network(converted, request)
     if verify:
         _verify_once(model, converted, place)
-    return model
+    return _adapted(model, request)
 
 
 def info(
@@ -148,7 +154,7 @@ class Converted:
 def as_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     """The MLX type of a name. ValueError for anything but the three floats a network may have."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is needed")
     return found
 
@@ -157,10 +163,14 @@ def _check_arguments(architecture, task, num_classes, in_chans, img_size) -> Non
     name, inputs = architecture.name, architecture.inputs
     if task is not None and task not in architecture.tasks:
         raise ValueError(f"task={task!r}: {name} has {', '.join(architecture.tasks)}")
-    if num_classes is not None and num_classes < 0:
-        raise ValueError(f"num_classes={num_classes}: a count is needed")
-    if in_chans is not None and (inputs != "images" or in_chans < 1):
+    if not (num_classes is None or (isinstance(num_classes, int) and num_classes >= 0)):
+        raise ValueError(f"num_classes={num_classes!r}: a count is needed")
+    if num_classes is not None and task is None and inputs == "tokens":
+        raise ValueError(f"num_classes={num_classes}: of which head? give task=, too")
+    if in_chans is not None and inputs != "images":
         raise ValueError(f"in_chans={in_chans}: {name} takes {inputs}")
+    if not (in_chans is None or (isinstance(in_chans, int) and in_chans > 0)):
+        raise ValueError(f"in_chans={in_chans!r}: a count is needed")
     if img_size is not None:
         kind = "images of any size" if inputs == "images" else inputs
         raise ValueError(f"img_size={img_size}: {name} takes {kind}")
@@ -186,7 +196,7 @@ def _converted(request: Request, place: Place, allow_nonfinite: bool) -> Convert
     checkpoint, architecture = request.checkpoint, request.architecture
     source = as_source(checkpoint.source)
     if isinstance(source, DirectorySource) and describe.is_converted(source.path):
-        return _from_folder(source.path, request)
+        return _from_folder(source.path, request, allow_nonfinite)
 
     fetched = None
     if isinstance(source, HubSource):  # a commit says what the bytes are
@@ -203,6 +213,9 @@ def _converted(request: Request, place: Place, allow_nonfinite: bool) -> Convert
     config = _convertible(request)
     files = describe.files_of(source, architecture, config, place)
     config = architecture.read_files(config, files)
+    if fetched is not None:
+        parts = [_fetch_part(source, folder, place) for folder in architecture.parts(config)]
+        identity = [identity, [sorted(part.sha256.values()) for part in parts]]
     key = cache.key_of(
         {
             "source": identity,
@@ -213,34 +226,32 @@ def _converted(request: Request, place: Place, allow_nonfinite: bool) -> Convert
             "dtype": str(request.dtype),
         }
     )
-    if entry := cache.find(place.root, checkpoint.name, key):
-        return _from_entry(entry, checkpoint)
+    if found := _from_cache(key, checkpoint, place):
+        _check_finite(found.entry.manifest.get("nonfinite"), request, allow_nonfinite)
+        return found
 
     fetched = fetched or fetch_weights(source, **place.options)
     state = read_state_dict(fetched.weights, fetched.index)
     for folder, prefix in architecture.parts(config).items():
         state |= _part(source, folder, prefix, place)
     weights, config, dialect = _map(state, config, request)
-    if not allow_nonfinite and (bad := engine.nonfinite(weights)):
-        names = ", ".join(engine.collapse(bad))
-        raise CheckpointError(
-            f"{checkpoint.source} holds NaN or infinity in {names}; "
-            "allow_nonfinite=True lets it pass"
-        )
+    nonfinite = engine.nonfinite(weights)
+    _check_finite(nonfinite, request, allow_nonfinite)
     checkpoint = replace(checkpoint, dialect=dialect)
     manifest = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "source_sha256": fetched.sha256,
         "spec": architecture.dialects[dialect].fingerprint,
+        "nonfinite": nonfinite,
         **describe.to_json(checkpoint, config),
     }
     try:
         entry = cache.store(place.root, checkpoint.name, key, weights, manifest)
     except OSError as error:
         _warn_once(f"converted weights cannot be kept in {place.root}: {error}")
-        return Converted(weights, config, checkpoint)
-    return _from_entry(entry, checkpoint)
+        entry = None
+    return Converted(weights, config, checkpoint, entry)
 
 
 def _convertible(request: Request) -> Any:
@@ -329,13 +340,16 @@ def choose_dialect(
 
 def _part(source: Any, folder: str, prefix: str, place: Place) -> dict[str, mx.array]:
     """The weights of a module that a repository keeps in a folder of its own."""
-    names = [f"{folder}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
-    files = fetch_files(source, (), optional=names, **place.options).files
-    present = [name for name in names if name in files]
-    if not present:
+    files = _fetch_part(source, folder, place).files
+    if not files:
         raise CheckpointError(f"{source} has no weights in {folder}")
-    state = read_state_dict([files[present[0]]])
+    state = read_state_dict([next(iter(files.values()))])
     return {prefix + name: x for name, x in state.items()}
+
+
+def _fetch_part(source: Any, folder: str, place: Place) -> Fetched:
+    names = [f"{folder}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+    return fetch_files(source, (), optional=names, **place.options)
 
 
 def _check_sha256(hashes: Mapping[str, str], checkpoint: Checkpoint) -> None:
@@ -347,6 +361,15 @@ def _check_sha256(hashes: Mapping[str, str], checkpoint: Checkpoint) -> None:
             )
 
 
+def _check_finite(names: list[str] | None, request: Request, allow_nonfinite: bool) -> None:
+    if names and not allow_nonfinite:
+        cast = "" if request.dtype is None else f" as {str(request.dtype).split('.')[-1]}"
+        raise CheckpointError(
+            f"{request.checkpoint.source} holds NaN or infinity{cast} in "
+            f"{', '.join(engine.collapse(names))}; allow_nonfinite=True lets it pass"
+        )
+
+
 @once
 def _warn_once(message: str) -> None:
     log.warning(message)
@@ -355,47 +378,80 @@ def _warn_once(message: str) -> None:
 # Loading ----------------------------------------------------------------------------------------
 
 
-def _from_entry(entry: cache.Entry, checkpoint: Checkpoint) -> Converted:
-    """What a checked entry of the cache holds."""
-    stored, config = describe.from_json(entry.manifest)
-    checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
-    return Converted(cache.read_weights(entry), config, checkpoint, entry)
+def _from_cache(key: str, checkpoint: Checkpoint, place: Place) -> Converted | None:
+    """What the entry of that key holds, or None where there is no whole one."""
+    entry = cache.find(place.root, checkpoint.name, key)
+    if entry is None:
+        return None
+    try:
+        stored, config = describe.from_json(entry.manifest)
+        checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
+        return Converted(cache.read_weights(entry), config, checkpoint, entry)
+    except CheckpointError as error:  # of another release, say
+        cache.quarantine(place.root, entry.path, error)
+    except OSError:
+        log.info("%s was removed just now; it is converted again", entry.path)
+    return None
 
 
-def _from_folder(folder: Path, request: Request) -> Converted:
-    """What `convert` wrote, if it has the head that is wanted."""
-    entry = cache.read_entry(folder)
-    cache.check(entry)
-    checkpoint, config = describe.from_json(entry.manifest)
-    if request.task not in (None, getattr(config, "task", None)) and request.num_classes is None:
+def _from_folder(folder: Path, request: Request, allow_nonfinite: bool) -> Converted:
+    """What `convert` wrote."""
+    try:
+        entry = cache.read_entry(folder)
+        cache.check(entry)
+        weights = cache.read_weights(entry)
+    except (OSError, ValueError, MLXZooError) as error:
+        raise IntegrityError(f"{folder} is damaged ({error}): convert it again") from error
+    if entry.manifest["format"] != cache.FORMAT:
         raise CheckpointError(
-            f"{folder} was converted for task={config.task!r}; "
-            f"num_classes= asks for a fresh head for {request.task}"
+            f"{folder} has format {entry.manifest['format']}, {cache.FORMAT} is read here: "
+            "convert it again"
         )
-    return Converted(cache.read_weights(entry), config, checkpoint, entry)
+    checkpoint, config = describe.from_json(entry.manifest)
+    _check_finite(entry.manifest.get("nonfinite"), request, allow_nonfinite)
+    published = vars(request.checkpoint.config)
+    said = {k: v for k, v in vars(request.config).items() if k != "task" and v != published[k]}
+    checkpoint = replace(checkpoint, folder=str(folder))
+    return Converted(weights, replace(config, **said), checkpoint, entry)
 
 
-def _build(converted: Converted, request: Request) -> nn.Module:
-    """The network with its weights, then with the head and input that the user asked for."""
-    config = converted.config
-    model = request.architecture.model(config)
+def _check_head(converted: Converted, request: Request) -> None:
+    """A head may be made afresh only where that was asked for."""
+    has = getattr(converted.config, "task", None)
+    if request.task not in (None, has) and request.num_classes is None:
+        raise CheckpointError(
+            f"{converted.checkpoint.name} has no head for {request.task}; "
+            "num_classes= asks for a fresh one, to be trained"
+        )
+
+
+def _network(converted: Converted, request: Request) -> nn.Module:
+    """The network that the weights fill exactly."""
+    model = request.architecture.model(converted.config)
     weights = converted.weights
     if request.dtype is not None:
         weights = {name: x.astype(request.dtype) for name, x in weights.items()}
-    model.load_weights(list(weights.items()), strict=True)
+    try:
+        model.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{converted.checkpoint.name}: converted weights and config disagree: {error}"
+        ) from error
     model.checkpoint = converted.checkpoint
+    return _ready(model)
+
+
+def _adapted(model: nn.Module, request: Request) -> nn.Module:
+    """`model` with the input and the head that the user asked for, where they are others."""
+    config = model.config
     if request.in_chans not in (None, getattr(config, "in_chans", None)):
         model.reset_input(request.in_chans)
     other_task = request.task is not None and request.task != config.task
     if other_task or request.num_classes not in (None, config.num_classes):
         if request.num_classes:
-            log.warning(
-                "%s: a fresh head for %d classes, to be trained",
-                converted.checkpoint.name,
-                request.num_classes,
-            )
-        task = (request.task,) if other_task else ()
-        model.reset_head(request.num_classes, *task)
+            name, count = model.checkpoint.name, request.num_classes
+            log.warning("%s: a fresh head for %d classes, to be trained", name, count)
+        model.reset_head(request.num_classes, *((request.task,) if other_task else ()))
         if request.dtype is not None:
             model.set_dtype(request.dtype)
     return _ready(model)
@@ -413,7 +469,7 @@ def _verify_once(model: nn.Module, converted: Converted, place: Place) -> None:
 
     entry = converted.entry
     done = entry.verification if entry else None
-    if done and done.get("passed") and done.get("sha256") == entry.manifest["sha256"]:
+    if entry and done and done.get("passed") and done.get("sha256") == entry.manifest["sha256"]:
         return
     report = verify(model, cache_dir=place.cache_dir, local_files_only=place.local_files_only)
     if entry:
@@ -451,18 +507,21 @@ def convert(
     Raises:
         As `load`; ValueError where the folder has something in it.
     """
+    if pretrained is False:
+        raise ValueError("pretrained=False: random weights are not converted")
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; give a folder that is new or empty")
     model = load(name, pretrained, **options)
     checkpoint = model.checkpoint
-    weights = dict(tree_flatten(model.parameters()))
+    weights = engine.parameters(model)
     architecture = registry.architectures()[checkpoint.architecture]
     manifest = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "spec": architecture.dialects[checkpoint.dialect].fingerprint,
-        **describe.to_json(checkpoint, model.config),
+        "nonfinite": engine.nonfinite(weights),
+        **describe.to_json(replace(checkpoint, folder=None), model.config),
     }
     place = Place(options.get("cache_dir"), options.get("local_files_only", False))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -492,16 +551,18 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
         ValueError: a dialect that the architecture does not have.
     """
     architecture = registry.of_model(model)
-    own = model.checkpoint.dialect if model.checkpoint else None
+    checkpoint = getattr(model, "checkpoint", None)
+    own = checkpoint.dialect if checkpoint else None
     name = dialect or own or next(iter(architecture.dialects))
     if name not in architecture.dialects:
         raise ValueError(f"dialect={name!r}: one of {'; '.join(architecture.dialects)} is needed")
-    weights = dict(tree_flatten(model.parameters()))
+    weights = engine.parameters(model)
     state = engine.to_torch(weights, model, architecture.dialects[name])
     target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
     work = cache.working_folder(target.parent)
     try:
-        mx.save_safetensors(str(work / "model.safetensors"), state, metadata={"format": "pt"})
+        cache.save(work / "model.safetensors", state, {"format": "pt"})
         (work / "model.safetensors").replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -6,9 +6,12 @@ A freshly initialised network proves little: its norms scale by 1, its biases ar
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from mlx_zoo.verify import Report, verify
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -43,3 +46,22 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     untouched = [n for n, p in model.named_parameters() if bool((p == 0).all() or (p == 1).all())]
     assert not untouched, untouched
     return model.eval()
+
+
+def saved(model: nn.Module, path: Path) -> Path:
+    """`path`, where the weights of `model` are now."""
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def proven(model, **options) -> Report:
+    """The report of a network that must be its original, at outputs of order one.
+
+    Where PyTorch's own float32 error is above 1e-5, only the factor against it bounds ours.
+    """
+    report = verify(model, **options)
+    assert report.passed, report.reason
+    for output in report.outputs:
+        assert 0.1 < output.scale < 30, "activations left the order of one"
+        assert output.max_abs < 1e-5 or output.torch_error > 1e-5
+    return report

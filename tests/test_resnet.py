@@ -6,60 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from originals import randomise
+from originals import proven, randomise, saved
 
 import mlx_zoo
-from mlx_zoo.models.resnet import RESNETS
-from mlx_zoo.verify import verify
 from mlx_zoo.verify.reference import import_torchvision
 
 torchvision = import_torchvision()
 import timm  # noqa: E402
 import transformers  # noqa: E402
-
-TORCHVISION = sorted(set(RESNETS) & set(torchvision.models.list_models()))
-TIMM_ONLY = sorted(set(RESNETS) - set(TORCHVISION) - {"resnet_digits"})
-HUGE = {"resnext101_32x16d", "resnext101_32x32d"}  # 0.8 and 1.9 GB
-
-
-def variants(names):
-    return [pytest.param(n, marks=pytest.mark.slow if n in HUGE else ()) for n in names]
-
-
-def saved(model, path):
-    torch.save(model.state_dict(), path)
-    return path
-
-
-def proven(model, **options):
-    """The report of a network that must be its original, at outputs of order one."""
-    report = verify(model, **options)
-    assert report.passed, report.reason
-    assert report.max_abs < 1e-5 or report.outputs[0].torch_error > 1e-5
-    assert 0.3 < report.outputs[0].scale < 30, "activations left the order of one"
-    return report
-
-
-def test_every_variant_of_the_issue_is_there():
-    assert len(TORCHVISION) == 10
-    assert len(TIMM_ONLY) == 4
-
-
-@pytest.mark.parametrize("name", variants(TORCHVISION))
-def test_torchvision(name, tmp_path):
-    original = randomise(torchvision.models.get_model(name, weights=None))
-    model = mlx_zoo.load(name, pretrained=saved(original, tmp_path / "w.pth"))
-    report = proven(model, size=64)
-    convolutions = [n for n, m in original.named_modules() if isinstance(m, torch.nn.Conv2d)]
-    assert {layer.name for layer in report.layers} >= {*convolutions, "fc"}
-
-
-@pytest.mark.parametrize("name", variants(TIMM_ONLY))
-def test_timm(name, tmp_path):
-    original = randomise(timm.create_model(name, pretrained=False))
-    model = mlx_zoo.load(name, pretrained=saved(original, tmp_path / "w.pth"))
-    proven(model, size=64)
-
 
 TRANSFORMERS = {
     "resnet-18": {

@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,10 @@ class Entry:
     def verification(self) -> Mapping[str, Any] | None:
         """The latest verification of these weights, if any."""
         try:
-            return json.loads((self.path / VERIFICATION).read_text(encoding="utf-8"))
+            found = json.loads((self.path / VERIFICATION).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return found if isinstance(found, dict) else None
 
     @property
     def size(self) -> int:
@@ -100,7 +102,7 @@ def find(root: Path, name: str, key: str) -> Entry | None:
             raise MLXZooError("the manifest belongs to another conversion")
         check(entry)
     except (OSError, ValueError, MLXZooError) as error:
-        _quarantine(root, path, error)
+        quarantine(root, path, error)
         return None
     return entry
 
@@ -114,18 +116,28 @@ def read_entry(path: Path) -> Entry:
 
 
 def check(entry: Entry) -> None:
-    """Raise unless the weights are those that were written: their size, hash and header."""
+    """Raise unless weights and manifest are those that were written.
+
+    The manifest has the hash of the weights; their header repeats what the manifest says.
+    """
     size = entry.weights.stat().st_size
     if size != entry.manifest.get("size"):
         raise MLXZooError(f"{WEIGHTS} has {size} bytes, {entry.manifest.get('size')} were written")
     if sha256_of(entry.weights) != entry.manifest.get("sha256"):
         raise MLXZooError(f"{WEIGHTS} does not have the sha256 that was written")
-    read_header(entry.weights)
+    if read_header(entry.weights).metadata != _header_of(entry.manifest):
+        raise MLXZooError(f"{MANIFEST} does not say what the header of {WEIGHTS} says")
 
 
 def read_weights(entry: Entry) -> dict[str, mx.array]:
-    """The parameters of an entry. They are read from the file when they are evaluated."""
-    weights = mx.load(str(entry.weights))
+    """The parameters of an entry. They are read from the file when they are evaluated.
+
+    Raises OSError where the file is gone; once opened, it may go.
+    """
+    try:
+        weights = mx.load(str(entry.weights))
+    except RuntimeError as error:
+        raise OSError(f"{entry.weights}: {error}") from error
     assert isinstance(weights, dict)
     return weights
 
@@ -169,12 +181,8 @@ def write_folder(
 ) -> Mapping[str, Any]:
     """Write weights and manifest into an existing folder; the manifest as written is returned."""
     manifest = {"format": FORMAT, **manifest, "versions": versions()}
-    stamp = {k: v if isinstance(v, str) else json.dumps(v) for k, v in manifest.items()}
     target = folder / WEIGHTS
-    try:
-        mx.save_safetensors(str(target), dict(weights), metadata={"layout": "mlx", **stamp})
-    except RuntimeError as error:  # MLX says so where the disk is full
-        raise OSError(f"{target}: {error}") from error
+    save(target, weights, _header_of(manifest))
     manifest = {
         **manifest,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -183,6 +191,22 @@ def write_folder(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _header_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What the header of the weights repeats of their manifest."""
+    later = ("created", "size", "sha256")
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in manifest.items()}
+    return {"layout": "mlx", **{k: text for k, text in texts.items() if k not in later}}
+
+
+def save(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Raises OSError with the path where the disk is full."""
+    path.touch()  # by Python, as the umask says: MLX's own files are not the group's
+    try:
+        mx.save_safetensors(str(path), dict(weights), metadata=dict(metadata))
+    except RuntimeError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def stamp(entry: Entry, verification: Mapping[str, Any]) -> None:
@@ -210,7 +234,7 @@ def prune(root: Path, keep_days: float | None = None) -> list[Path]:
     removed = []
     for path in [*(root / "quarantine").glob("*/"), *(root / "weights").glob("*/")]:
         unfinished = path.name.startswith(".partial-")
-        if path.parent.name == "quarantine" or not (path / MANIFEST).is_file():
+        if path.parent.name == "quarantine" or not _is_readable(path):
             old = not unfinished or now - path.stat().st_mtime > STALE
         else:
             old = keep_days is not None and now - path.stat().st_mtime > keep_days * 24 * 3600
@@ -220,13 +244,20 @@ def prune(root: Path, keep_days: float | None = None) -> list[Path]:
     return removed
 
 
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(read_entry(path))
+    except (OSError, ValueError):
+        return False
+
+
 def versions() -> dict[str, str]:
     """What took part in a conversion or verification."""
     from mlx_zoo import __version__
 
     return {
         "mlx_zoo": __version__,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -237,7 +268,8 @@ def _folder(root: Path, name: str, key: str) -> Path:
     return root / "weights" / f"{plain.lstrip('.')}-{key[:16]}"
 
 
-def _quarantine(root: Path, path: Path, error: Exception) -> None:
+def quarantine(root: Path, path: Path, error: Exception) -> None:
+    """Set a damaged entry aside, with a warning in the log."""
     aside = root / "quarantine" / f"{path.name}-{time.time_ns()}"
     log.warning("%s is damaged (%s); it is set aside and converted again", path, error)
     try:

@@ -115,7 +115,7 @@ def links(model: nn.Module, spec: Spec) -> tuple[Link, ...]:
     """Every parameter of `model` with the upstream tensor that fills it, in the model's order."""
     modules = dict(model.named_modules())
     grouped: dict[str, list[tuple[int, str, mx.array, bool]]] = defaultdict(list)
-    for name, parameter in tree_flatten(model.parameters()):
+    for name, parameter in parameters(model).items():
         source, part, in_out = _source_of(name, spec)
         grouped[source].append((part, name, parameter, in_out))
     table = []
@@ -130,6 +130,17 @@ def links(model: nn.Module, spec: Spec) -> tuple[Link, ...]:
         shapes = tuple(tuple(parameter.shape) for _, _, parameter, _ in found)
         table.append(Link(source, tuple(name for _, name, *_ in found), shapes, axes, in_out))
     return tuple(table)
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Every parameter of `model`, running statistics included, by its whole name."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """As publishers count them: without running statistics, frozen layers included."""
+    statistics = (".running_mean", ".running_var")
+    return sum(x.size for name, x in parameters(model).items() if not name.endswith(statistics))
 
 
 def layer_links(model: nn.Module, spec: Spec) -> dict[str, tuple[str, ...]]:
@@ -166,12 +177,18 @@ def _match(template: str, name: str) -> dict[str, int] | None:
     found = pattern.fullmatch(name)
     if not found:
         return None
-    values = {n: int(text) - add for (n, add), text in zip(numbers, found.groups(), strict=True)}
-    return values if all(value >= 0 for value in values.values()) else None
+    values: dict[str, int] = {}
+    for (n, add), text in zip(numbers, found.groups(), strict=True):
+        value = int(text) - add
+        if value < 0 or values.setdefault(n, value) != value:  # one letter, one number
+            return None
+    return values
 
 
 def _fill(template: str, values: Mapping[str, int]) -> str:
     """`template` with its numbers written out."""
+    if unknown := [n for n, _ in _pattern(template)[1] if n not in values]:
+        raise MappingError(f"{template}: our side of this row does not say {', '.join(unknown)}")
     return re.sub(r"\{(\w+?)(?:\+(\d+))?\}", lambda m: str(values[m[1]] + int(m[2] or 0)), template)
 
 
@@ -259,14 +276,19 @@ def _cover(
     missing = [s for s in expected if s not in present]
     problems += [f"no home for {names}" for names in collapse(unexpected)]
     problems += [f"nothing fills {names}" for names in collapse(missing, _naming(expected))]
+    misfits = defaultdict(list)
     for source, link in expected.items():
         if source in present:
-            problems += _misfits(present[source], link)
+            for what in _misfits(present[source], link):
+                misfits[what].append(source)
+    problems += [f"{names} {what}" for what, found in misfits.items() for names in collapse(found)]
     return {s: x for s, x in present.items() if s in expected}, problems
 
 
 def _may_drop(source: str, spec: Spec) -> bool:
-    return _twin(source, spec) is not None or any(fnmatchcase(source, p) for p in spec.drop)
+    if _twin(source, spec) is not None or source in spec.spare:
+        return True
+    return any(fnmatchcase(source, p) or _match(p, source) is not None for p in spec.drop)
 
 
 def _naming(expected: Mapping[str, Link]) -> Callable[[str], str]:
@@ -280,21 +302,24 @@ def _naming(expected: Mapping[str, Link]) -> Callable[[str], str]:
 
 
 def _misfits(x: mx.array, link: Link) -> Iterator[str]:
+    """What is wrong with a tensor that has the right name."""
     if not mx.issubdtype(x.dtype, mx.floating):
-        yield f"{link.source} holds {str(x.dtype).split('.')[-1]}, where floats belong"
-    if tuple(x.shape) != link.upstream_shape:
-        same_rest = x.ndim > 0 and x.shape[1:] == list(link.upstream_shape)[1:]
-        cause = "another num_classes, or another variant?" if same_rest else "another variant?"
-        if x.ndim == 4 and x.shape[0] == link.upstream_shape[0] and not same_rest:
+        yield f"holds {str(x.dtype).split('.')[-1]}, where floats belong"
+    shape, wanted = tuple(x.shape), link.upstream_shape
+    if shape == wanted:
+        return
+    cause = "another variant?"
+    if len(shape) == len(wanted):
+        differing = [i for i, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
+        if differing == [0]:
+            cause = "another num_classes, or another variant?"
+        elif differing == [1] and len(shape) == 4:
             cause = "another in_chans, or another variant?"
-        yield (
-            f"{link.source} has shape {tuple(x.shape)}, "
-            f"the network needs {link.upstream_shape}: {cause}"
-        )
+    yield f"has shape {shape}, the network needs {wanted}: {cause}"
 
 
 def _unequal_twins(state_dict: StateDict, spec: Spec) -> Iterator[str]:
-    """Tied tensors of the file that are not equal to their twins, compared bit for bit."""
+    """Tied tensors of the file that are not equal to their twins; NaNs are alike."""
     names = _strip(state_dict, spec)
     for source, (name, *_) in names.items():
         twin = _twin(source, spec)
@@ -318,8 +343,10 @@ def collapse(names: Iterable[str], show: Callable[[str], str] = str) -> Iterator
             sorted(set(map(int, c)))
             for c in zip(*(re.findall(r"\d+", g) for g in group), strict=True)
         ]
-        texts = iter([str(c[0]) if len(c) == 1 else f"{{{c[0]}..{c[-1]}}}" for c in columns])
-        yield re.sub(r"\d+", lambda _, t=texts: next(t), group[0]) + f" ({len(group)} tensors)"
+        texts = [str(c[0]) if len(c) == 1 else f"{{{c[0]}..{c[-1]}}}" for c in columns]
+        pieces = re.split(r"\d+", group[0])
+        name = "".join(a + b for a, b in zip(pieces, [*texts, ""], strict=True))
+        yield f"{name} ({len(group)} tensors)"
 
 
 def nonfinite(weights: StateDict) -> list[str]:

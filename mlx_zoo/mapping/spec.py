@@ -49,7 +49,7 @@ class Spec:
     tied:    a tensor (or layer) that is another one again. Where present it must be equal; where
              only it is present, it stands in for its twin.
     spare:   a tensor that fills the place of another where that one is absent, else is unused.
-    drop:    tensors that a network may do without; `*` stands for anything.
+    drop:    tensors that a network may do without; `*` stands for anything, `{i}` for a number.
     """
 
     layers: Mapping[str, Row] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -146,6 +147,8 @@ def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> No
 
 def check_range(ids: mx.array, size: int, what: str) -> None:
     """Raise ValueError unless 0 <= ids < size. Not inside mx.compile, where values are unknown."""
+    low: Any
+    high: Any
     try:
         low, high = ids.min().item(), ids.max().item()
     except ValueError:  # being traced

@@ -8,6 +8,7 @@ arXiv:1605.07146). Attribute names are torchvision's, so its checkpoints need no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -110,7 +111,7 @@ class Bottleneck(nn.Module):
         return self.act(x + y)
 
 
-BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 def shortcut(in_dims: int, out_dims: int, stride: int) -> list[nn.Module]:
@@ -143,7 +144,7 @@ class ResNet(nn.Module):
 
         self.num_features = dims
         self.reset_head(config.num_classes)
-        he_normal = nn.init.he_normal()
+        he_normal: Callable[..., mx.array] = nn.init.he_normal()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al. 2015b, arXiv:1502.01852
                 module.weight = he_normal(module.weight, mode="fan_out", gain=math.sqrt(2))

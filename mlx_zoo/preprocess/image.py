@@ -39,7 +39,7 @@ def _prepared(image: Image, how: Preprocessing) -> np.ndarray:
     left, top = (round((side - how.size) / 2) for side in image.size)
     image = image.crop((left, top, left + how.size, top + how.size))
     pixels = np.asarray(image, dtype=np.float32).reshape(how.size, how.size, -1) / np.float32(255)
-    return (pixels - np.float32(how.mean)) / np.float32(how.std)
+    return (pixels - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
 
 
 def _resized(image: Image, shorter: int, interpolation: str) -> Image:

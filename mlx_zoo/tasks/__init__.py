@@ -94,7 +94,7 @@ class SentenceEmbedding:
             raise ValueError("texts is empty")
         # Like lengths together: less padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        rows = {}
+        rows: dict[int, np.ndarray] = {}
         for batch in batches(order, batch_size):
             tokens = self.tokenizer([texts[i] for i in batch])
             vectors = np.array(self.model(**tokens.inputs()).astype(mx.float32))

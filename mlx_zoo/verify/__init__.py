@@ -8,10 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_zoo import describe, registry, zoo
-from mlx_zoo.describe import Place, as_source
+from mlx_zoo.describe import Place, as_source, path_of
 from mlx_zoo.errors import MissingDependency, VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
@@ -62,10 +61,12 @@ def verify(
         model = zoo.load(
             model, pretrained, cache_dir=cache_dir, local_files_only=local_files_only, **options
         )
-    checkpoint = model.checkpoint
+    checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
         raise VerificationError("this network has random weights: there is nothing to compare with")
-    training = model.training
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
+    modes = [(module, module.training) for module in model.modules()]  # parents first
     model.eval()
     try:
         with mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
@@ -73,7 +74,8 @@ def verify(
                 return _against_original(model, place, size, seed, device)
             return _against_stored(model, device)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.train(training)
 
 
 def _can_run_original(checkpoint) -> bool:
@@ -114,16 +116,13 @@ def _against_original(
     tolerance = _tolerance(model)
     modules = dict(model.named_modules())
     theirs_of = {ours: (theirs, part) for ours, theirs, part in pairs}
-    rows = []
-    for ours, values in layers.items():
-        theirs, (part, parts) = theirs_of[ours]
-        pieces = [
-            np.split(channels_last(x[theirs], modules[ours]), parts, axis=-1)[part].reshape(
-                values.shape
-            )
-            for x in (single, double)
-        ]
-        rows.append(compared(ours, values, *pieces, tolerance))
+
+    def theirs(ours: str, seen: dict[str, np.ndarray]) -> np.ndarray:
+        """What the original's layer gave, as ours gives it; of a fused one, our part."""
+        upstream, (part, parts) = theirs_of[ours]
+        values = channels_last(seen[upstream], modules[ours])
+        return np.split(values, parts, axis=-1)[part].reshape(layers[ours].shape)
+
     if outputs.keys() != single_out.keys():
         raise VerificationError(
             f"the network returns {', '.join(outputs)}, its original {', '.join(single_out)}"
@@ -135,7 +134,10 @@ def _against_original(
             compared(name, x, single_out[name], double_out[name], tolerance)
             for name, x in outputs.items()
         ),
-        layers=tuple(rows),
+        layers=tuple(
+            compared(ours, x, theirs(ours, single), theirs(ours, double), tolerance)
+            for ours, x in layers.items()
+        ),
         device=device,
         seed=seed,
         inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
@@ -160,7 +162,7 @@ def _against_stored(model: nn.Module, device: str) -> Report:
     checkpoint = model.checkpoint
     stored = {
         name: np.array(x, copy=True)
-        for name, x in read_state_dict([as_source(checkpoint.evidence).path]).items()
+        for name, x in read_state_dict([path_of(checkpoint.evidence)]).items()
     }
     images = stored["images"]
     layers = [
@@ -199,5 +201,5 @@ def _against_stored(model: nn.Module, device: str) -> Report:
 
 
 def _tolerance(model: nn.Module) -> float:
-    kinds = {x.dtype for _, x in tree_flatten(model.parameters())}
+    kinds = {x.dtype for x in engine.parameters(model).values()}
     return TOLERANCE if kinds <= {mx.float32} else HALF_TOLERANCE

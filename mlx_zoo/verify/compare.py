@@ -35,10 +35,10 @@ def random_inputs(kind: str, config: Any, size: int, seed: int) -> dict[str, np.
     """
     rng = np.random.default_rng(seed)
     if kind == "images":
-        shape = (2, size, size, config.in_chans)
-        return {"pixel_values": rng.standard_normal(shape).astype(np.float32)}
+        images = rng.standard_normal((2, size, size, config.in_chans))
+        return {"pixel_values": images.astype(np.float32)}
     length = min(size, config.max_positions)
-    shape = (2, 3, length) if config.task == "multiple-choice" else (2, length)
+    shape: tuple[int, ...] = (2, 3, length) if config.task == "multiple-choice" else (2, length)
     mask = np.ones(shape, np.int32)
     mask[1, ..., -(length // 3) :] = 0
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_zoo.catalogue import Checkpoint
+from mlx_zoo.catalogue import Checkpoint, Reference
 from mlx_zoo.errors import CheckpointError, MissingDependency, VerificationError
 
 Arrays = dict[str, np.ndarray]
@@ -42,8 +42,11 @@ def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weight
             f"verification against PyTorch needs torch and {reference.library}: "
             'pip install "mlx-zoo[torch]"'
         )
-    makers = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
-    model = makers[reference.library](checkpoint, config, files, weights)
+    if reference.library == "transformers":
+        model = _transformers(checkpoint, config, files)
+    else:
+        make = {"torchvision": _torchvision, "timm": _timm}[reference.library]
+        model = make(reference, config, weights)
     return model.eval().float()
 
 
@@ -140,29 +143,49 @@ def import_torchvision():
 _kept: list[Any] = []
 
 
-def _torchvision(checkpoint: Checkpoint, config: Any, files, weights):
+def _torchvision(reference: Reference, config: Any, weights: Sequence[Path]):
     torchvision = import_torchvision()
-    options = {"num_classes": config.num_classes, **checkpoint.reference.options}
-    model = torchvision.models.get_model(checkpoint.reference.name, weights=None, **options)
-    model.load_state_dict(_state_dict(weights), strict=True)
-    return model
+    options = {"num_classes": config.num_classes or 1, **reference.options}
+    model = torchvision.models.get_model(reference.name, weights=None, **options)
+    return _filled(model, config, weights)
 
 
-def _timm(checkpoint: Checkpoint, config: Any, files, weights):
+def _timm(reference: Reference, config: Any, weights: Sequence[Path]):
     import_torchvision()
     import timm
 
     options = {
-        "num_classes": config.num_classes,
+        "num_classes": config.num_classes or 1,
         "in_chans": config.in_chans,
-        **checkpoint.reference.options,
+        **reference.options,
     }
-    model = timm.create_model(checkpoint.reference.name, pretrained=False, **options)
-    model.load_state_dict(_state_dict(weights), strict=True)
+    model = timm.create_model(reference.name, pretrained=False, **options)
+    return _filled(model, config, weights)
+
+
+def _filled(model, config: Any, weights: Sequence[Path]):
+    """The original with the published tensors: all of them, but for a head that is left out."""
+    state = _state_dict(weights)
+    if config.num_classes == 0:
+        head = _take_head(model)
+        state = {name: x for name, x in state.items() if not name.startswith(head + ".")}
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise VerificationError(f"the original does not take these weights: {error}") from error
     return model
 
 
-def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weights):
+def _take_head(model) -> str:
+    """Replace the last linear layer, of which the name is returned, by the identity."""
+    from torch import nn
+
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    model.set_submodule(head, nn.Identity())
+    return head
+
+
+def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]):
     """The class of transformers for our task, by its own loader, which must want for nothing."""
     import_torchvision()
     import transformers
@@ -185,7 +208,11 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
         model, loading = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", **options
         )
-    if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+    missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if config.num_classes == 0:
+        head = _take_head(model)
+        missing = [name for name in missing if not name.startswith(head + ".")]
+    if missing:
         raise VerificationError(
             f"{name} itself finds no weights for {', '.join(map(str, missing))}"
         )

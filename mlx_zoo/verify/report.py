@@ -148,7 +148,7 @@ class Report:
             kind: [{**asdict(c), "max_rel": c.max_rel, "passed": c.passed} for c in found]
             for kind, found in (("outputs", self.outputs), ("layers", self.layers))
         }
-        return json.dumps({**self.summary(), **rows}, indent=2)
+        return json.dumps(_plain({**self.summary(), **rows}), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
         """The table as a self-contained page."""
@@ -181,6 +181,15 @@ class Report:
             f"tolerance {self.tolerance:.0e} of the largest value and {FACTOR:.0f} times PyTorch's "
             f"own float32 error; {self.inputs}{seed}; on the {self.device}",
         )
+
+
+def _plain(value: Any) -> Any:
+    """`value` without NaN and infinity, which JSON does not have: they become null."""
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _console(record: bool = False):

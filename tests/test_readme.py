@@ -1,0 +1,69 @@
+"""The README keeps its word: its example runs, its table is what the registry holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mlx_zoo
+from mlx_zoo.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_models_is_current():
+    table = CliRunner().invoke(main, ["list", "--markdown"]).output.strip()
+    written = re.search(
+        r"<!-- models: mlx-zoo list --markdown -->\n(.*?)\n?<!-- end of models -->",
+        README,
+        re.DOTALL,
+    )
+    assert written[1].strip() == table, "run `mlx-zoo list --markdown` and put its output there"
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "passed: the same network" in printed
+    assert "[{'label': '7'" in printed
+
+
+def test_the_commands_are_those_of_continuous_integration():
+    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert len(commands) == 2
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for part in ('".[cpu,test]"', "mlx-zoo demo", "python -m pytest"):
+        assert part in script
+        assert any(part in command for command in commands)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert not any(cell["outputs"] for cell in cells), "notebooks are kept without outputs"
+    script = tmp_path / "notebook.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells), encoding="utf-8")
+    subprocess.run([sys.executable, script], cwd=path.parent, check=True, timeout=120)
+
+
+def test_the_conversion_scripts(minilm, tmp_path, capsys):
+    script = runpy.run_path(str(ROOT / "convert_scripts" / "convert_resnet.py"))
+    script["main"](str(tmp_path / "resnets"), "resnet_digits")
+    mlx_zoo.load(f"local-dir:{tmp_path / 'resnets' / 'resnet_digits'}", pretrained=True)
+
+    script = runpy.run_path(str(ROOT / "convert_scripts" / "convert_bert.py"))
+    script["main"](str(tmp_path / "bert"), f"local-dir:{minilm}", "sentence-embedding")
+    embed = mlx_zoo.pipeline("sentence-embedding", f"local-dir:{tmp_path / 'bert'}")
+    assert embed("a converted folder has its tokenizer").shape == (384,)
