@@ -20,7 +20,7 @@ from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare, reference
-from mlx_zoo.verify.report import HALF_TOLERANCE, TOLERANCE, Report
+from mlx_zoo.verify.report import TOLERANCES, Report
 from mlx_zoo.verify.report import compare as compared
 
 __all__ = ["Report", "verify"]
@@ -110,10 +110,10 @@ def _against_original(
     pairs = _paired_layers(model, architecture.dialects[checkpoint.dialect], original)
     outputs, layers = compare.run(model, inputs, {ours for ours, *_ in pairs})
     upstream = {theirs for _, theirs, _ in pairs}
-    single_out, single = reference.run(original, inputs, upstream, double=False)
-    double_out, double = reference.run(original, inputs, upstream, double=True)
+    precision = _precision(model)
+    same_out, same = reference.run(original, inputs, upstream, precision)
+    double_out, double = reference.run(original, inputs, upstream, "float64")
 
-    tolerance = _tolerance(model)
     modules = dict(model.named_modules())
     theirs_of = {ours: (theirs, part) for ours, theirs, part in pairs}
 
@@ -123,19 +123,19 @@ def _against_original(
         values = channels_last(seen[upstream], modules[ours])
         return np.split(values, parts, axis=-1)[part].reshape(layers[ours].shape)
 
-    if outputs.keys() != single_out.keys():
+    if outputs.keys() != same_out.keys():
         raise VerificationError(
-            f"the network returns {', '.join(outputs)}, its original {', '.join(single_out)}"
+            f"the network returns {', '.join(outputs)}, its original {', '.join(same_out)}"
         )
     return Report(
         name=checkpoint.name,
-        evidence=f"{checkpoint.reference.library} in float32 and float64",
+        evidence=f"{checkpoint.reference.library} in {precision} and float64",
         outputs=tuple(
-            compared(name, x, single_out[name], double_out[name], tolerance)
+            compared(name, x, same_out[name], double_out[name], precision)
             for name, x in outputs.items()
         ),
         layers=tuple(
-            compared(ours, x, theirs(ours, single), theirs(ours, double), tolerance)
+            compared(ours, x, theirs(ours, same), theirs(ours, double), precision)
             for ours, x in layers.items()
         ),
         device=device,
@@ -169,16 +169,15 @@ def _against_stored(model: nn.Module, device: str) -> Report:
         name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")
     ]
     inputs = {"pixel_values": preprocess(list(images), checkpoint.preprocessing)}
-    tolerance = _tolerance(model)
+    precision = _precision(model)
     outputs, _ = compare.run(model, inputs, ())
     few = {"pixel_values": inputs["pixel_values"][: len(stored["reference_inputs"])]}
     _, seen = compare.run(model, few, layers)
     rows = []
     for name, values in seen.items():
         sample = values.reshape(-1)[stored[f"layer.{name}.index"]]
-        row = compared(
-            name, sample, stored[f"layer.{name}.torch32"], stored[f"layer.{name}.sample"], tolerance
-        )
+        theirs, double = stored[f"layer.{name}.torch32"], stored[f"layer.{name}.sample"]
+        row = compared(name, sample, theirs, double, precision)
         rows.append(replace(row, scale=float(stored[f"layer.{name}.scale"][0])))
     return Report(
         name=checkpoint.name,
@@ -189,7 +188,7 @@ def _against_stored(model: nn.Module, device: str) -> Report:
                 outputs["output"],
                 stored["logits_torch32"],
                 stored["logits"],
-                tolerance,
+                precision,
             ),
         ),
         layers=tuple(rows),
@@ -200,6 +199,7 @@ def _against_stored(model: nn.Module, device: str) -> Report:
     )
 
 
-def _tolerance(model: nn.Module) -> float:
-    kinds = {x.dtype for x in engine.parameters(model).values()}
-    return TOLERANCE if kinds <= {mx.float32} else HALF_TOLERANCE
+def _precision(model: nn.Module) -> str:
+    """The widest type of the parameters: activations take it on."""
+    kinds = {str(x.dtype).split(".")[-1] for x in engine.parameters(model).values()}
+    return next((kind for kind in TOLERANCES if kind in kinds), "float32")

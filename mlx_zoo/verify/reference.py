@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -56,7 +57,7 @@ def versions(library: str) -> dict[str, str]:
 
 
 def run(
-    model: Any, inputs: Arrays, layers: Iterable[str], double: bool
+    model: Any, inputs: Arrays, layers: Iterable[str], precision: str
 ) -> tuple[Arrays, dict[str, np.ndarray]]:
     """Outputs by name, and what each of `layers` gave, in the order of execution.
 
@@ -64,7 +65,8 @@ def run(
     """
     import torch
 
-    model = model.double() if double else model.float()
+    dtype = getattr(torch, precision)
+    model = copy.deepcopy(model).to(dtype)  # the weights as they were serve for the next
     seen: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Callable:
@@ -78,27 +80,28 @@ def run(
     try:
         with torch.no_grad():
             if len(inputs) == 1:  # images: every library has its own name for them
-                output = model(*(_tensor(x, double) for x in inputs.values()))
+                output = model(*(_tensor(x, dtype) for x in inputs.values()))
             else:
-                output = model(**{name: _tensor(x, double) for name, x in inputs.items()})
+                output = model(**{name: _tensor(x, dtype) for name, x in inputs.items()})
     finally:
         for hook in hooks:
             hook.remove()
     return _outputs(output), seen
 
 
-def _tensor(x: np.ndarray, double: bool):
+def _tensor(x: np.ndarray, dtype):
     import torch
 
     if x.dtype.kind == "i":
         return torch.from_numpy(x.astype(np.int64))
     if x.ndim == 4:
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return torch.from_numpy(x).to(torch.float64 if double else torch.float32)
+    return torch.from_numpy(x).to(dtype)
 
 
 def _numpy(x) -> np.ndarray:
-    return x.detach().numpy().copy()  # the original may go on to change it in place
+    x = x.detach().clone()  # the original may go on to change it in place
+    return (x if x.element_size() >= 4 else x.float()).numpy()  # NumPy has no bfloat16
 
 
 def _outputs(output) -> Arrays:
@@ -211,7 +214,7 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
     missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if config.num_classes == 0:
         head = _take_head(model)
-        missing = [name for name in missing if not name.startswith(head + ".")]
+        missing = [name for name in missing if not str(name).startswith(head + ".")]
     if missing:
         raise VerificationError(
             f"{name} itself finds no weights for {', '.join(map(str, missing))}"
