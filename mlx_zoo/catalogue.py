@@ -180,4 +180,10 @@ def config_from(kind: type, values: Mapping[str, Any]) -> Any:
             f"{', '.join(unknown)}: not an option of {kind.__name__}, which has "
             f"{', '.join(sorted(known))}"
         )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return kind(**{name: _with_tuples(value) for name, value in values.items()})
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(x) for name, x in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

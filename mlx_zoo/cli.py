@@ -14,6 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import mlx_zoo
 from mlx_zoo import registry
@@ -287,7 +288,7 @@ def cache_list(cache_dir: Path | None, as_json: bool) -> None:
         verdict = "-" if done is None else ("yes" if done.get("passed") else "FAILED")
         made = str(entry.manifest.get("created", ""))[:10]
         source = str(entry.manifest.get("source"))
-        table.add_row(name, source, made, f"{entry.size / 1e6:.1f}", verdict)
+        table.add_row(Text(name), Text(source), made, f"{entry.size / 1e6:.1f}", verdict)
     console().print(table)
     click.echo(f"{len(entries)} in {root}")
 
@@ -419,5 +420,5 @@ def _print_facts(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, fact in facts.items():
         if fact not in (None, ""):
-            table.add_row(name, f"{fact:,}" if isinstance(fact, int) else str(fact))
+            table.add_row(name, Text(f"{fact:,}" if isinstance(fact, int) else str(fact)))
     console().print(table)

@@ -331,11 +331,17 @@ def choose_dialect(
         return fitting[0]
     if fitting:
         raise MappingError(f"{checkpoint.source} fits several dialects: {'; '.join(fitting)}")
-    nearest = min(misses, key=lambda name: len(misses[name]))
+    nearest = max(candidates, key=lambda name: _num_known(state, model, candidates[name]))
     raise MappingError(
         f"{checkpoint.source} does not fit {checkpoint.name} (as {nearest} writes it)",
         misses[nearest],
     )
+
+
+def _num_known(state: Mapping[str, mx.array], model: nn.Module, spec: Spec) -> int:
+    """How many of the tensors have a home in `model`, whatever their shapes."""
+    homes = {link.source for link in engine.links(model, spec)}
+    return sum(name.removeprefix(spec.prefix) in homes for name in state)
 
 
 def _part(source: Any, folder: str, prefix: str, place: Place) -> dict[str, mx.array]:

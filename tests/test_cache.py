@@ -613,5 +613,5 @@ def test_what_is_found_is_checked_by_hand_too(cache):
     entry = only_entry(cache)
     cache_module.check(entry)
     truncate(entry)
-    with pytest.raises(MLXZooError, match="bytes, .* were written"):
+    with pytest.raises(MLXZooError, match=r"bytes, .* were written"):
         cache_module.check(entry)

@@ -67,6 +67,7 @@ def test_info_system():
     facts = run_json("info", "--system")
     assert facts["device"] == str(mx.default_device())
     assert facts["blas"]
+    assert "mlx-zoo[torch]" in run("info", "--system") or "torch" in facts["PyTorch originals"]
     assert float(facts["float32 matmul on the CPU"].split()[0]) > 0
 
 

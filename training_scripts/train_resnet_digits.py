@@ -38,15 +38,19 @@ from pathlib import Path
 import numpy as np
 import PIL
 import sklearn
-import timm
 import torch
 from PIL import Image
 from safetensors.numpy import save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold, train_test_split
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mlx_zoo.verify.reference import import_torchvision
+
+import_torchvision()  # timm imports it
+import timm  # noqa: E402
+from timm.models.resnet import BasicBlock, ResNet  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[1] / "mlx_zoo" / "data"
 NETWORK = {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 48), "num_classes": 10, "in_chans": 1}

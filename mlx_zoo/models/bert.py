@@ -12,7 +12,15 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zoo.models.layers import ACTIVATIONS, MLP, Attention, check_range, check_tokens
+from mlx_zoo.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    Attention,
+    as_array,
+    check_range,
+    check_same_shape,
+    check_tokens,
+)
 
 # Task -> the attributes of `Bert` that make its head.
 HEADS: dict[str | None, tuple[str, ...]] = {
@@ -162,6 +170,11 @@ class Bert(nn.Module):
         attention_mask: mx.array | None = None,
         token_type_ids: mx.array | None = None,
     ):
+        input_ids = as_array(input_ids, "input_ids")
+        if attention_mask is not None:
+            attention_mask = as_array(attention_mask, "attention_mask")
+        if token_type_ids is not None:
+            token_type_ids = as_array(token_type_ids, "token_type_ids")
         if self.config.task == "multiple-choice":
             return self.choose(input_ids, attention_mask, token_type_ids)
         x = self.encode(input_ids, attention_mask, token_type_ids)
@@ -189,6 +202,7 @@ class Bert(nn.Module):
         check_tokens(input_ids, self.config.vocab_size, self.config.max_positions)
         if token_type_ids is None:
             token_type_ids = mx.zeros_like(input_ids)
+        check_same_shape(token_type_ids, input_ids, "token_type_ids")
         check_range(token_type_ids, self.config.type_vocab_size, "token type")
         x = self.word_embed(input_ids) + self.token_type_embed(token_type_ids)
         x = x + self.position_embed(mx.arange(input_ids.shape[1]))
@@ -201,12 +215,10 @@ class Bert(nn.Module):
 
     def mask(self, input_ids, attention_mask, dtype: mx.Dtype) -> mx.array | None:
         """What is added to attention's scores, broadcasting to (B, heads, N, N)."""
-        B, N = input_ids.shape
+        N = input_ids.shape[1]
         seen = mx.tri(N, dtype=mx.bool_)[None, None] if self.config.causal else None
         if attention_mask is not None:
-            if tuple(attention_mask.shape) != (B, N):
-                shape = tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask of shape {shape}: input_ids have {(B, N)}")
+            check_same_shape(attention_mask, input_ids, "attention_mask")
             keys = (attention_mask != 0)[:, None, None, :]
             seen = keys if seen is None else seen & keys
         # The lowest finite number, not -inf: a row in which nothing is seen stays a number.
@@ -257,6 +269,7 @@ class Bert(nn.Module):
             self.config = replace(config, pooler=False)
         for name in HEADS[task]:
             self[name] = self._head(name)
+        self.train(self.training)  # the new layers, too
 
     def _head(self, name: str) -> nn.Module:
         config = self.config
@@ -269,7 +282,15 @@ class Bert(nn.Module):
 
 
 def pool_tokens(x: mx.array, seen: mx.array, mode: str) -> mx.array:
-    """Token vectors (B, N, D) -> (B, D). `seen` (B, N) is 1 where a token counts, else 0."""
+    """Token vectors (B, N, D) -> (B, D). `seen` (B, N) is 1 where a token counts, else 0.
+
+    Sums are taken in float32, whatever the type of `x`.
+    """
+    dtype, x = x.dtype, x.astype(mx.float32)
+    return _pooled(x, seen, mode).astype(dtype)
+
+
+def _pooled(x: mx.array, seen: mx.array, mode: str) -> mx.array:
     weights = (seen != 0).astype(x.dtype)[..., None]  # (B, N, 1)
     match mode:
         case "cls":

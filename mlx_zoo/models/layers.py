@@ -102,8 +102,9 @@ def other_channels(weight: mx.array, in_chans: int) -> mx.array:
     return repeated[..., :in_chans] * (weight.shape[-1] / in_chans)
 
 
-def check_images(x: mx.array, channels: int) -> None:
-    """Raise ValueError unless `x` is a float batch (B, H, W, channels)."""
+def as_images(x: Any, channels: int) -> mx.array:
+    """`x` as an array, if it is a float batch (B, H, W, channels). Raises ValueError otherwise."""
+    x = as_array(x, "images")
     shape = tuple(x.shape)
     wanted = f"(B, H, W, {channels})"
     if x.ndim == 3:
@@ -125,8 +126,9 @@ def check_images(x: mx.array, channels: int) -> None:
     if not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(
             f"images of type {str(x.dtype).split('.')[-1]}: floats are needed, scaled and "
-            "normalised as the network was trained; mlx_zoo.preprocess does it"
+            "normalised as the network was trained; mlx_zoo.preprocess.image does it"
         )
+    return x
 
 
 def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> None:
@@ -143,6 +145,21 @@ def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> No
     if shape[1] > max_positions:
         raise ValueError(f"{shape[1]} tokens: this network has {max_positions} positions; truncate")
     check_range(input_ids, vocab_size, "token id")
+
+
+def check_same_shape(x: mx.array, input_ids: mx.array, name: str) -> None:
+    """Raise ValueError unless there is one of `x` for every token."""
+    if x.shape != input_ids.shape:
+        shape, wanted = tuple(x.shape), tuple(input_ids.shape)
+        raise ValueError(f"{name} of shape {shape}: input_ids have {wanted}")
+
+
+def as_array(x: Any, name: str) -> mx.array:
+    """`x` itself, or the array of a NumPy array or nested lists. Raises ValueError."""
+    try:
+        return x if isinstance(x, mx.array) else mx.array(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {type(x).__name__} is not an array: {error}") from error
 
 
 def check_range(ids: mx.array, size: int, what: str) -> None:

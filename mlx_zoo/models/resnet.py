@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zoo.models.layers import ACTIVATIONS, check_images, other_channels
+from mlx_zoo.models.layers import ACTIVATIONS, as_images, other_channels
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class ResNet(nn.Module):
 
     def forward_intermediates(self, x: mx.array) -> list[mx.array]:
         """The feature maps (B, H / stride, W / stride, C): the stem's, then each stage's."""
-        check_images(x, self.config.in_chans)
+        x = as_images(x, self.config.in_chans)
         x = self.act(self.bn1(self.conv1(x)))
         maps = [x]
         x = self.maxpool(x)

@@ -1,0 +1,182 @@
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+END = struct.Struct("<4s4H2IH")
+END_LOCATOR64 = struct.Struct("<4sIQI")
+END64 = struct.Struct("<4sQ2H2I4Q")
+FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "the real figure is in the zip64 field"
+HAS_DESCRIPTOR, UTF8 = 0x8, 0x800
+
+
+class Member(NamedTuple):
+    """A file in a zip archive, as the central directory describes it."""
+
+    name: bytes
+    flags: int
+    crc: int
+    size: int
+    header_start: int
+    is_stored: bool  # neither compressed nor encrypted
+
+class Region(NamedTuple):
+    """Where bytes lie in the file, and their CRC-32 where the container has one."""
+
+    start: int
+    num_bytes: int
+    crc: int | None
+
+def _central_directory(file: io.BufferedReader, size: int) -> tuple[list[Member], int]:
+    """The members of the archive, and where their list starts; it must end where the file ends."""
+    end_start = size - END.size
+    signature, _, _, _, count, directory_size, start, comment = _unpack(file, end_start, END)
+    if signature != b"PK\5\6" or comment:
+        raise CheckpointError("truncated: a zip archive without its directory at the end")
+    locator_start = end_start - END_LOCATOR64.size
+    signature, _, end64_start, _ = _unpack(file, locator_start, END_LOCATOR64)
+    if signature == b"PK\6\7":  # torch always writes it; figures that fit are in both
+        if end64_start + END64.size != locator_start:
+            raise CheckpointError("the zip64 directory is not where it should be")
+        signature, *_, count64, size64, start64 = _unpack(file, end64_start, END64)
+        agrees = count in (count64, FULL16) and directory_size in (size64, FULL32)
+        if signature != b"PK\6\6" or not agrees or start not in (start64, FULL32):
+            raise CheckpointError("the zip directory and the zip64 directory disagree")
+        end_start, count, directory_size, start = end64_start, count64, size64, start64
+    if start + directory_size != end_start:
+        raise CheckpointError("the zip directory is not where it should be")
+    if count > MAX_MEMBERS or directory_size > MAX_PICKLE:
+        raise UnsafeCheckpoint(f"a zip archive of {count} members; at most {MAX_MEMBERS} are read")
+
+    file.seek(start)
+    directory = file.read(directory_size)
+    members, position = [], 0
+    try:
+        for _ in range(count):
+            member, position = _central_entry(directory, position)
+            members.append(member)
+    except struct.error as error:
+        raise CheckpointError("the zip directory is truncated") from error
+    if position != directory_size:
+        raise CheckpointError("the zip directory has bytes that belong to no member")
+    return members, start
+
+
+def _central_entry(directory: bytes, position: int) -> tuple[Member, int]:
+    """The member described at `position` of the directory, and the position of the next."""
+    fields = CENTRAL_HEADER.unpack_from(directory, position)
+    signature, _, _, flags, method, _, _, crc, packed, size = fields[:10]
+    name_size, extra_size, comment_size, disk, _, _, start = fields[10:]
+    name_start = position + CENTRAL_HEADER.size
+    name = directory[name_start : name_start + name_size]
+    extra_start = name_start + name_size
+    extra = directory[extra_start : extra_start + extra_size]
+
+    if signature != b"PK\1\2" or disk or extra_size > MAX_EXTRA:
+        raise CheckpointError("the zip directory is malformed")
+    size, packed, start = _zip64((size, packed, start), extra)
+    stored = method == 0 and size == packed and not flags & ~(HAS_DESCRIPTOR | UTF8)
+    return Member(name, flags, crc, size, start, stored), extra_start + extra_size + comment_size
+
+
+def _zip64(values: tuple[int, ...], extra: bytes) -> list[int]:
+    """Replace those of `values` that did not fit 32 bits by what the extra field says."""
+    wide = b""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            wide = extra[4 : 4 + size]
+        extra = extra[4 + size :]
+    result = []
+    for value in values:
+        if value == FULL32:
+            value, wide = struct.unpack_from("<Q", wide)[0], wide[8:]
+        result.append(value)
+    return result
+
+
+def _member_regions(file: io.BufferedReader, members: list[Member], end: int) -> dict[str, Region]:
+    """Where each member's bytes lie, before `end`; local headers agree, and nothing overlaps."""
+    regions: dict[str, Region] = {}
+    position = 0
+    for member in sorted(members, key=lambda member: member.header_start):
+        if member.header_start < position:
+            raise CheckpointError(f"{member.name[:100]!r} overlaps another member of the archive")
+        name = _member_name(member)
+        if name in regions:
+            raise CheckpointError(f"{_short(name)} occurs twice in the archive")
+        if not member.is_stored:
+            raise CheckpointError(f"{_short(name)} is compressed or encrypted; torch does neither")
+        if member.header_start + member.size > end:
+            raise CheckpointError(f"{_short(name)} reaches out of the archive")
+        region, position = _local_region(file, member)
+        if position > end:
+            raise CheckpointError(f"{_short(name)} reaches into the directory of the archive")
+        regions[name] = region
+    return regions
+
+
+def _member_name(member: Member) -> str:
+    try:
+        name = member.name.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"a member's name is not UTF-8: {member.name[:100]!r}") from error
+    parts = name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or not name.isprintable() or "\\" in name:
+        raise UnsafeCheckpoint(f"a member of the archive has a path for a name: {_short(name)}")
+    return name
+
+
+def _local_region(file: io.BufferedReader, member: Member) -> tuple[Region, int]:
+    """Where the member's bytes lie, and where the member ends with its data descriptor."""
+    fields = _unpack(file, member.header_start, LOCAL_HEADER)
+    signature, _, flags, method, _, _, crc, packed, size, name_size, extra_size = fields
+    # With a descriptor, the figures follow the data and the local header may have zeros.
+    if flags & HAS_DESCRIPTOR and (crc, packed, size) == (0, 0, 0):
+        crc, packed, size = member.crc, member.size, member.size
+    agrees = (
+        signature == b"PK\3\4"
+        and (flags, method) == (member.flags, 0)
+        and crc == member.crc
+        and {packed, size} <= {member.size, FULL32}
+        and file.read(name_size) == member.name
+    )
+    if not agrees:
+        raise CheckpointError(f"{member.name[:100]!r}: the archive's two headers disagree")
+
+    start = member.header_start + LOCAL_HEADER.size + name_size + extra_size
+    end = start + member.size
+    if flags & HAS_DESCRIPTOR:
+        file.seek(end)
+        found = file.read(24)
+        descriptor = next((d for d in _descriptors(member) if found.startswith(d)), None)
+        if descriptor is None:
+            raise CheckpointError(f"{member.name[:100]!r}: the data descriptor disagrees")
+        end += len(descriptor)
+    return Region(start, member.size, member.crc), end
+
+
+def _descriptors(member: Member) -> Iterator[bytes]:
+    """The two forms that follow the data of a member, with sizes of 64 and of 32 bits."""
+    yield struct.pack("<4sI2Q", b"PK\7\10", member.crc, member.size, member.size)
+    if member.size <= FULL32:
+        yield struct.pack("<4s3I", b"PK\7\10", member.crc, member.size, member.size)
+
+
+def _unpack(file: io.BufferedReader, position: int, layout: struct.Struct) -> tuple:
+    if position < 0:
+        raise CheckpointError("the archive is truncated")
+    file.seek(position)
+    data = file.read(layout.size)
+    if len(data) != layout.size:
+        raise CheckpointError("the archive is truncated")
+    return layout.unpack(data)
+
+def _read_region(file: io.BufferedReader, region: Region, what: str) -> np.ndarray:
+    """The bytes of a region (uint8), checked against its CRC where there is one."""
+    buffer = np.empty(region.num_bytes, np.uint8)
+    file.seek(region.start)
+    if file.readinto(buffer.data) != region.num_bytes:
+        raise CheckpointError(f"truncated in {what}")
+    if region.crc is not None and zlib.crc32(buffer.data) != region.crc:
+        raise IntegrityError(f"{what} does not have the CRC-32 that the archive promises")
+    return buffer
+
+
