@@ -226,7 +226,7 @@ def _converted(request: Request, place: Place, allow_nonfinite: bool) -> Convert
             "dtype": str(request.dtype),
         }
     )
-    if found := _from_cache(key, checkpoint, place):
+    if (found := _from_cache(key, checkpoint, place)) and found.entry:
         _check_finite(found.entry.manifest.get("nonfinite"), request, allow_nonfinite)
         return found
 

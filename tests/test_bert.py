@@ -143,6 +143,15 @@ def test_gamma_elsewhere_is_not_renamed(tmp_path):
         mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True)
 
 
+def test_an_unknown_part_of_a_head_is_refused(tmp_path):
+    save(tmp_path, "fill-mask")
+    state = load_file(tmp_path / "model.safetensors")
+    state["cls.predictions.adapter.weight"] = torch.ones(3)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(MappingError, match=r"no home for cls\.predictions\.adapter\.weight"):
+        mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True, task="fill-mask")
+
+
 def test_a_mixture_of_old_and_new_names_is_refused(tmp_path):
     save(tmp_path)
     reload(tmp_path, lambda n: old(n) if "layer.0" in n else n)

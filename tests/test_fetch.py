@@ -34,7 +34,7 @@ from mlx_zoo.errors import (
     RepositoryNotFound,
     RevisionNotFound,
 )
-from mlx_zoo.hub import fetch
+from mlx_zoo.hub import answers, asking, download, fetch, repository
 from mlx_zoo.hub.fetch import fetch_files, fetch_weights, resolve_revision
 from mlx_zoo.hub.source import (
     DirectorySource,
@@ -64,7 +64,7 @@ def hub(monkeypatch, tmp_path):
     no_wait = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
     monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-    monkeypatch.setattr(fetch, "BACKOFF", (0, 0, 0))
+    monkeypatch.setattr(asking, "BACKOFF", (0, 0, 0))
     with LocalHub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         hub.push("org/name", {"config.json": CONFIG, "model.safetensors": WEIGHTS})
@@ -102,7 +102,7 @@ def test_a_warm_load_makes_no_request_and_hashes_nothing(hub, monkeypatch):
     cold = fetch_weights(SOURCE)
     fetch_files(SOURCE, ["config.json"], optional=["vocab.txt"])
     hub.requests.clear()
-    monkeypatch.setattr(fetch, "_hashes", lambda *args: pytest.fail("hashed again"))
+    monkeypatch.setattr(repository, "_hashes", lambda *args: pytest.fail("hashed again"))
     assert fetch_weights(SOURCE) == cold
     fetch_files(SOURCE, ["config.json"], optional=["vocab.txt"])
     assert hub.requests == []
@@ -248,7 +248,7 @@ def test_row_3_a_server_that_stays_down_is_a_download_error(hub, tmp_path, path)
 @pytest.mark.parametrize("path", ["model.safetensors", "/api/models/org/name"])
 def test_row_4_retry_after_is_honoured(hub, monkeypatch, path):
     naps = []
-    monkeypatch.setattr(fetch, "sleep", naps.append)
+    monkeypatch.setattr(asking, "sleep", naps.append)
     client = SimpleNamespace(sleep=naps.append)
     monkeypatch.setattr("huggingface_hub.utils._http.time", client)
     hub.fault(path, "status", status=429, headers={"Retry-After": "7"})
@@ -257,7 +257,7 @@ def test_row_4_retry_after_is_honoured(hub, monkeypatch, path):
 
 
 def test_row_4_nobody_waits_for_an_hour(hub, monkeypatch):
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: pytest.fail("waited"))
+    monkeypatch.setattr(asking, "sleep", lambda seconds: pytest.fail("waited"))
     for path in ("/api/models/org/name", "model.safetensors"):
         hub.fault(path, "status", status=429, headers={"Retry-After": "3600"})
         with pytest.raises(DownloadError, match="3600 s"):
@@ -380,7 +380,7 @@ def test_row_8_hostile_headers_are_refused(hub, tmp_path, text, name, header, ag
 
 
 def test_row_8_the_headers_are_checked_without_the_hook_as_well(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "_check_answer", lambda response: None)
+    monkeypatch.setattr(answers, "_check_answer", lambda response: None)
     details = {"times": 99, "methods": ("HEAD",), "headers": {"ETag": '"../../../../x"'}}
     hub.fault("config.json", "headers", **details)
     with pytest.raises(DownloadError, match="refused"):
@@ -603,7 +603,7 @@ def test_row_13_a_cached_file_is_hashed_before_it_is_trusted(hub, damage):
 
 @pytest.mark.parametrize("kind", ["truncate", "reset", "stall", "status"])
 def test_row_13_transient_faults_of_a_url_are_retried(hub, monkeypatch, kind):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     source = url_source(hub)
     hub.fault("net.pth", kind, times=3)
     assert fetch_weights(source).files["net.pth"].read_bytes() == WEIGHTS
@@ -629,7 +629,7 @@ def test_row_13_lasting_faults_of_a_url(hub, tmp_path, kind, error):
 
 def test_row_13_retry_after_of_a_url(hub, monkeypatch):
     naps = []
-    monkeypatch.setattr(fetch, "sleep", naps.append)
+    monkeypatch.setattr(asking, "sleep", naps.append)
     source = url_source(hub)
     hub.fault("net.pth", "status", status=429, headers={"Retry-After": "7"})
     fetch_weights(source)

@@ -1,8 +1,8 @@
 """The pickle of a PyTorch checkpoint, run without trusting it.
 
 A pickle is a program. Here it runs on a small machine of our own that knows the opcodes of
-`torch.save` and six callables, and builds inert values only: nothing is imported, nothing of the
-file is called. Tensors become descriptions (`TensorRef`) of storages that lie elsewhere in the file.
+`torch.save` and five callables, and builds inert values only: nothing is imported, nothing of the
+file is called. Tensors become descriptions (`TensorRef`) of storages elsewhere in the file.
 
 Sources: CPython's pickletools.py for the opcodes; torch/_utils.py (`_rebuild_tensor_v2`) and
 torch/serialization.py (`persistent_id`) for what they say.
@@ -52,7 +52,7 @@ class Storage:
     """`num_elements` elements of one type, somewhere in the file; `key` says where."""
 
     key: str
-    dtype: str
+    dtype: str  # a key of STORAGE_DTYPES
     num_elements: int
 
     @property
@@ -62,7 +62,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A view of a storage; offset and stride in elements. Equal ones are tied tensors."""
+    """A view of a storage; offset and strides in elements. Equal ones are tied tensors."""
 
     storage: Storage
     offset: int
@@ -101,7 +101,7 @@ SYMBOLS = {
 }
 
 
-def reduce_symbol(function: object, args: object) -> object:
+def _reduce(function: object, args: object) -> object:
     """What calling an allowed symbol gives. Nothing is called: this match is all there is."""
     if type(function) is not Symbol:
         raise UnsafeCheckpoint(f"the pickle calls {kind_of(function)}")
@@ -118,9 +118,11 @@ def reduce_symbol(function: object, args: object) -> object:
             return _tensor(storage, offset, shape, stride)
         case "torch._utils._rebuild_tensor_v2", (storage, offset, shape, stride, grad, hooks):
             tensor = _tensor(storage, offset, shape, stride)
-            return _with_grad(tensor, grad, hooks)
+            _check_grad(tensor, grad, hooks)
+            return tensor
         case "torch._utils._rebuild_parameter", (TensorRef() as tensor, grad, hooks):
-            return _with_grad(tensor, grad, hooks)
+            _check_grad(tensor, grad, hooks)
+            return tensor
     raise UnsafeCheckpoint(f"the pickle calls {function.name} with unexpected arguments")
 
 
@@ -161,10 +163,10 @@ def _tensor(storage: object, offset: object, shape: object, stride: object) -> T
     shape, stride = _dims(shape), _dims(stride, MAX_STRIDE)
     if len(shape) != len(stride):
         raise CheckpointError(f"a tensor with {len(shape)} dims and {len(stride)} strides")
-    last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    reach = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     # An empty view reads nothing, and slicing may well leave its offset beyond the end.
-    num_offsets = MAX_STRIDE if 0 in shape else storage.num_elements - last
-    if type(offset) is not int or not 0 <= offset < num_offsets:
+    limit = MAX_STRIDE if 0 in shape else storage.num_elements - reach
+    if type(offset) is not int or not 0 <= offset < limit:
         raise CheckpointError(
             f"a tensor of shape {shape}, stride {stride} and offset {short_repr(offset)} "
             f"reaches out of its storage of {storage.num_elements} elements"
@@ -172,13 +174,12 @@ def _tensor(storage: object, offset: object, shape: object, stride: object) -> T
     return TensorRef(storage, offset, shape, stride)
 
 
-def _with_grad(tensor: TensorRef, grad: object, hooks: object) -> TensorRef:
+def _check_grad(tensor: TensorRef, grad: object, hooks: object) -> None:
     # torch writes an empty OrderedDict, always ("don't serialize hooks" in torch/_tensor.py).
     if hooks is not None and (not isinstance(hooks, dict) or hooks):
         raise UnsafeCheckpoint("a tensor with backward hooks")
     if type(grad) is not bool or (grad and tensor.storage.dtype not in FLOATS):
         raise CheckpointError("requires_grad should be a bool, and False for integers")
-    return tensor
 
 
 # --- The machine ----------------------------------------------------------------------------------
@@ -212,7 +213,9 @@ class Machine:
                 code = self.data[start]
                 self.position += 1
                 if code == STOP:
-                    return _check_nesting(self.stack.pop())
+                    value = self.pop()
+                    _check_nesting(value)
+                    return value
                 if code not in OPCODES:
                     raise UnsafeCheckpoint(
                         f"opcode {bytes([code])!r} at byte {start} of the pickle, which torch.save "
@@ -227,11 +230,10 @@ class Machine:
     # What follows an opcode
 
     def take(self, size: int) -> bytes:
-        end = self.position + size
-        if end > len(self.data):
+        taken = self.data[self.position : self.position + size]
+        if len(taken) < size:
             raise IndexError
-        taken = self.data[self.position : end]
-        self.position = end
+        self.position += size
         return taken
 
     def unsigned(self, size: int) -> int:
@@ -261,8 +263,9 @@ class Machine:
         text = self.line()
         if len(text) > 2 * MAX_INTEGER:
             raise UnsafeCheckpoint(f"an integer of {len(text)} digits in the pickle")
-        bools = {"00": False, "01": True}
-        return bools[text] if text in bools else int(text.removesuffix("L"))
+        if text in ("00", "01"):  # how protocol 0 writes False and True
+            return text == "01"
+        return int(text.removesuffix("L"))
 
     # The stack and the memo
 
@@ -329,7 +332,7 @@ class Machine:
 
     def reduce(self) -> None:
         function, args = self.pop_many(2)
-        self.push(reduce_symbol(function, args))
+        self.push(_reduce(function, args))
 
     def build(self) -> None:
         # state_dict() keeps its modules' versions in an attribute: dropped, they hold no weights.
@@ -416,7 +419,7 @@ OPCODES: dict[int, Callable[[Machine], object]] = {
 }
 
 
-def _check_nesting(root: object) -> object:
+def _check_nesting(root: object) -> None:
     """Refuse a value deeper than MAX_NESTING. No recursion; what is shared is visited once."""
     level: list[Any] = [root]
     seen: set[int] = set()
@@ -424,7 +427,25 @@ def _check_nesting(root: object) -> object:
         level = [item for item in level if type(item) in (tuple, list, dict, OrderedDict)]
         level = list({id(item): item for item in level if id(item) not in seen}.values())
         if not level:
-            return root
+            return
         seen.update(map(id, level))
         level = [child for c in level for child in (c.values() if isinstance(c, dict) else c)]
     raise UnsafeCheckpoint(f"a pickle nested deeper than {MAX_NESTING}")
+
+
+# --- Naming what a file holds ---------------------------------------------------------------------
+
+
+def kind_of(value: object) -> str:
+    """ "an int", "a list", "torch.Size": never the value itself, whose repr may be deep."""
+    if isinstance(value, Symbol):
+        return value.name
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+
+
+def short_repr(name: object) -> str:
+    """The repr of a dict key or of a name, which may be long, or no name at all."""
+    if isinstance(name, str):
+        return repr(name[:100])
+    return repr(name) if isinstance(name, int) else kind_of(name)

@@ -1,3 +1,28 @@
+"""A zip archive whose members are stored, not compressed: where each one's bytes lie in the file.
+
+Only what `torch.save` writes is read: one disk, no compression, no encryption, no comment. Where
+the archive says a thing twice (the two directories, the two headers of a member, its descriptor),
+both must agree, and members may not overlap: one file is one archive, whoever reads it.
+
+Sources: PKWARE's APPNOTE.TXT; caffe2/serialize/inline_container.cc, which writes torch's archives.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_zoo.errors import CheckpointError, IntegrityError, UnsafeCheckpoint
+
+MAX_MEMBERS = 65_536
+MAX_DIRECTORY = 32 << 20  # bytes
+MAX_EXTRA = 1024  # bytes of a member's extra field; zip64 needs 32
+
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 END = struct.Struct("<4s4H2IH")
@@ -17,6 +42,7 @@ class Member(NamedTuple):
     header_start: int
     is_stored: bool  # neither compressed nor encrypted
 
+
 class Region(NamedTuple):
     """Where bytes lie in the file, and their CRC-32 where the container has one."""
 
@@ -24,27 +50,32 @@ class Region(NamedTuple):
     num_bytes: int
     crc: int | None
 
-def _central_directory(file: io.BufferedReader, size: int) -> tuple[list[Member], int]:
-    """The members of the archive, and where their list starts; it must end where the file ends."""
-    end_start = size - END.size
-    signature, _, _, _, count, directory_size, start, comment = _unpack(file, end_start, END)
-    if signature != b"PK\5\6" or comment:
-        raise CheckpointError("truncated: a zip archive without its directory at the end")
-    locator_start = end_start - END_LOCATOR64.size
-    signature, _, end64_start, _ = _unpack(file, locator_start, END_LOCATOR64)
-    if signature == b"PK\6\7":  # torch always writes it; figures that fit are in both
-        if end64_start + END64.size != locator_start:
-            raise CheckpointError("the zip64 directory is not where it should be")
-        signature, *_, count64, size64, start64 = _unpack(file, end64_start, END64)
-        agrees = count in (count64, FULL16) and directory_size in (size64, FULL32)
-        if signature != b"PK\6\6" or not agrees or start not in (start64, FULL32):
-            raise CheckpointError("the zip directory and the zip64 directory disagree")
-        end_start, count, directory_size, start = end64_start, count64, size64, start64
-    if start + directory_size != end_start:
-        raise CheckpointError("the zip directory is not where it should be")
-    if count > MAX_MEMBERS or directory_size > MAX_PICKLE:
-        raise UnsafeCheckpoint(f"a zip archive of {count} members; at most {MAX_MEMBERS} are read")
 
+def read_region(file: io.BufferedReader, region: Region, what: str) -> np.ndarray:
+    """The bytes of a region (uint8), checked against its CRC where there is one.
+
+    Raises IntegrityError for a wrong CRC, CheckpointError where the file ends before the region.
+    """
+    buffer = np.empty(region.num_bytes, np.uint8)
+    file.seek(region.start)
+    if file.readinto(buffer.data) != region.num_bytes:
+        raise CheckpointError(f"truncated in {what}")
+    if region.crc is not None and zlib.crc32(buffer.data) != region.crc:
+        raise IntegrityError(f"{what} does not have the CRC-32 that the archive promises")
+    return buffer
+
+
+# --- The central directory ------------------------------------------------------------------------
+
+
+def central_directory(file: io.BufferedReader, size: int) -> tuple[list[Member], int]:
+    """The members of the archive of `size` bytes, and where their list starts.
+
+    Raises CheckpointError where it is malformed, UnsafeCheckpoint where it is too long.
+    """
+    start, directory_size, count = _find_directory(file, size)
+    if count > MAX_MEMBERS or directory_size > MAX_DIRECTORY:
+        raise UnsafeCheckpoint(f"a zip archive of {count} members; at most {MAX_MEMBERS} are read")
     file.seek(start)
     directory = file.read(directory_size)
     members, position = [], 0
@@ -59,21 +90,43 @@ def _central_directory(file: io.BufferedReader, size: int) -> tuple[list[Member]
     return members, start
 
 
+def _find_directory(file: io.BufferedReader, size: int) -> tuple[int, int, int]:
+    """The directory's start, bytes and members; only its end records may lie behind it."""
+    end_start = size - END.size
+    signature, _, _, _, count, directory_size, start, comment = _unpack(file, end_start, END)
+    if signature != b"PK\5\6" or comment:
+        raise CheckpointError("truncated: a zip archive without its directory at the end")
+    locator_start = end_start - END_LOCATOR64.size
+    signature, _, end64_start, _ = _unpack(file, locator_start, END_LOCATOR64)
+    if signature == b"PK\6\7":  # torch always writes it; figures that fit are in both
+        if end64_start + END64.size != locator_start:
+            raise CheckpointError("the zip64 directory is not where it should be")
+        signature, *_, count64, size64, start64 = _unpack(file, end64_start, END64)
+        agrees = count in (count64, FULL16) and directory_size in (size64, FULL32)
+        if signature != b"PK\6\6" or not agrees or start not in (start64, FULL32):
+            raise CheckpointError("the zip directory and the zip64 directory disagree")
+        end_start, start, directory_size, count = end64_start, start64, size64, count64
+    if start + directory_size != end_start:
+        raise CheckpointError("the zip directory is not where it should be")
+    return start, directory_size, count
+
+
 def _central_entry(directory: bytes, position: int) -> tuple[Member, int]:
     """The member described at `position` of the directory, and the position of the next."""
     fields = CENTRAL_HEADER.unpack_from(directory, position)
     signature, _, _, flags, method, _, _, crc, packed, size = fields[:10]
-    name_size, extra_size, comment_size, disk, _, _, start = fields[10:]
-    name_start = position + CENTRAL_HEADER.size
-    name = directory[name_start : name_start + name_size]
-    extra_start = name_start + name_size
-    extra = directory[extra_start : extra_start + extra_size]
-
+    name_size, extra_size, comment_size, disk, _, _, header_start = fields[10:]
     if signature != b"PK\1\2" or disk or extra_size > MAX_EXTRA:
         raise CheckpointError("the zip directory is malformed")
-    size, packed, start = _zip64((size, packed, start), extra)
+
+    name_start = position + CENTRAL_HEADER.size
+    extra_start = name_start + name_size
+    comment_start = extra_start + extra_size
+    name = directory[name_start:extra_start]
+    extra = directory[extra_start:comment_start]
+    size, packed, header_start = _zip64((size, packed, header_start), extra)
     stored = method == 0 and size == packed and not flags & ~(HAS_DESCRIPTOR | UTF8)
-    return Member(name, flags, crc, size, start, stored), extra_start + extra_size + comment_size
+    return Member(name, flags, crc, size, header_start, stored), comment_start + comment_size
 
 
 def _zip64(values: tuple[int, ...], extra: bytes) -> list[int]:
@@ -92,8 +145,14 @@ def _zip64(values: tuple[int, ...], extra: bytes) -> list[int]:
     return result
 
 
-def _member_regions(file: io.BufferedReader, members: list[Member], end: int) -> dict[str, Region]:
-    """Where each member's bytes lie, before `end`; local headers agree, and nothing overlaps."""
+# --- The members ----------------------------------------------------------------------------------
+
+
+def member_regions(file: io.BufferedReader, members: list[Member], end: int) -> dict[str, Region]:
+    """Where each member's bytes lie, before `end`; local headers agree, and nothing overlaps.
+
+    Raises UnsafeCheckpoint for a name that is a path out of the archive, CheckpointError else.
+    """
     regions: dict[str, Region] = {}
     position = 0
     for member in sorted(members, key=lambda member: member.header_start):
@@ -101,15 +160,14 @@ def _member_regions(file: io.BufferedReader, members: list[Member], end: int) ->
             raise CheckpointError(f"{member.name[:100]!r} overlaps another member of the archive")
         name = _member_name(member)
         if name in regions:
-            raise CheckpointError(f"{_short(name)} occurs twice in the archive")
+            raise CheckpointError(f"{name[:100]!r} occurs twice in the archive")
         if not member.is_stored:
-            raise CheckpointError(f"{_short(name)} is compressed or encrypted; torch does neither")
-        if member.header_start + member.size > end:
-            raise CheckpointError(f"{_short(name)} reaches out of the archive")
-        region, position = _local_region(file, member)
+            raise CheckpointError(f"{name[:100]!r} is compressed or encrypted; torch does neither")
+        if member.header_start + member.size > end:  # before seeking there
+            raise CheckpointError(f"{name[:100]!r} reaches out of the archive")
+        regions[name], position = _local_region(file, member)
         if position > end:
-            raise CheckpointError(f"{_short(name)} reaches into the directory of the archive")
-        regions[name] = region
+            raise CheckpointError(f"{name[:100]!r} reaches into the directory of the archive")
     return regions
 
 
@@ -120,7 +178,7 @@ def _member_name(member: Member) -> str:
         raise CheckpointError(f"a member's name is not UTF-8: {member.name[:100]!r}") from error
     parts = name.split("/")
     if not all(parts) or {".", ".."} & set(parts) or not name.isprintable() or "\\" in name:
-        raise UnsafeCheckpoint(f"a member of the archive has a path for a name: {_short(name)}")
+        raise UnsafeCheckpoint(f"a member of the archive has a path for a name: {name[:100]!r}")
     return name
 
 
@@ -133,8 +191,7 @@ def _local_region(file: io.BufferedReader, member: Member) -> tuple[Region, int]
         crc, packed, size = member.crc, member.size, member.size
     agrees = (
         signature == b"PK\3\4"
-        and (flags, method) == (member.flags, 0)
-        and crc == member.crc
+        and (flags, method, crc) == (member.flags, 0, member.crc)
         and {packed, size} <= {member.size, FULL32}
         and file.read(name_size) == member.name
     )
@@ -168,15 +225,3 @@ def _unpack(file: io.BufferedReader, position: int, layout: struct.Struct) -> tu
     if len(data) != layout.size:
         raise CheckpointError("the archive is truncated")
     return layout.unpack(data)
-
-def _read_region(file: io.BufferedReader, region: Region, what: str) -> np.ndarray:
-    """The bytes of a region (uint8), checked against its CRC where there is one."""
-    buffer = np.empty(region.num_bytes, np.uint8)
-    file.seek(region.start)
-    if file.readinto(buffer.data) != region.num_bytes:
-        raise CheckpointError(f"truncated in {what}")
-    if region.crc is not None and zlib.crc32(buffer.data) != region.crc:
-        raise IntegrityError(f"{what} does not have the CRC-32 that the archive promises")
-    return buffer
-
-

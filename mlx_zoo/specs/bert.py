@@ -14,6 +14,11 @@ from mlx_zoo.models.bert import BERTS, HEADS, POOLED, Bert, BertConfig, Dense
 from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.preprocess.sentence import read_sentence_config, sentence_files
 
+
+def weight_and_bias(layer: str) -> tuple[str, str]:
+    return f"{layer}.weight", f"{layer}.bias"
+
+
 BERT = Spec(
     prefix="bert.",
     layers={
@@ -44,11 +49,14 @@ BERT = Spec(
     drop=(
         "embeddings.position_ids",
         "embeddings.token_type_ids",
-        "pooler.dense.weight",
-        "pooler.dense.bias",
-        "cls.*",
-        "classifier.*",
-        "qa_outputs.*",
+        *weight_and_bias("pooler.dense"),  # what one task needs, another may do without
+        *weight_and_bias("cls.predictions.transform.dense"),
+        *weight_and_bias("cls.predictions.transform.LayerNorm"),
+        *("cls.predictions.transform.LayerNorm.gamma", "cls.predictions.transform.LayerNorm.beta"),
+        "cls.predictions.bias",
+        *weight_and_bias("cls.seq_relationship"),
+        *weight_and_bias("classifier"),
+        *weight_and_bias("qa_outputs"),
     ),
 )
 
@@ -61,6 +69,10 @@ UNTIED = replace(
     },
     tied={},
     spare={"cls.predictions.bias": "cls.predictions.decoder.bias"},
+    drop=(
+        *(name for name in BERT.drop if name != "cls.predictions.bias"),
+        *weight_and_bias("cls.predictions.decoder"),
+    ),
 )
 
 OLD_NAMES = {"LayerNorm.gamma": "weight", "LayerNorm.beta": "bias"}  # from TensorFlow's

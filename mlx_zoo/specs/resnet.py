@@ -22,7 +22,9 @@ from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.models.resnet import RESNETS, ResNet, ResNetConfig
 
 # A network without its head may do without fc.
-TORCHVISION = Spec(drop=("*.num_batches_tracked", "fc.*"))  # timm has the same names
+TORCHVISION = Spec(
+    drop=("*.num_batches_tracked", "fc.weight", "fc.bias")
+)  # timm has the same names
 
 TRANSFORMERS = Spec(
     prefix="resnet.",
@@ -36,7 +38,7 @@ TRANSFORMERS = Spec(
         "classifier.1": "fc",
     },
     heads=("classifier.1",),
-    drop=("*.num_batches_tracked", "classifier.1.*"),
+    drop=("*.num_batches_tracked", "classifier.1.weight", "classifier.1.bias"),
 )
 
 

@@ -205,7 +205,7 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
         if getattr(config, "task", None) == "sentence-embedding":
             return _sentence_transformer(folder)
         classes = registry.architectures()[checkpoint.architecture].classes
-        task = getattr(config, "task", checkpoint.task)
+        task = getattr(config, "task", "image-classification")  # a body is that without its head
         name = next(name for name, its_task in classes.items() if its_task == task)
         options = {"add_pooling_layer": config.pooler} if name == "BertModel" else {}
         model, loading = getattr(transformers, name).from_pretrained(

@@ -1,0 +1,274 @@
+"""A repository on the Hugging Face hub: its commit, the names of its files, and their bytes.
+
+A branch is resolved to a commit once, and pinned (`pins`): a later load needs no network and gets
+the same weights even when the branch has moved. Passing `revision="main"` asks the hub again.
+
+Files are downloaded by huggingface_hub and live in its own cache. They are hashed before anything
+reads them, and a file that was verified is not hashed again while it keeps its size and time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from mlx_zoo.errors import DownloadError, IntegrityError
+from mlx_zoo.hub.answers import (
+    check_commit,
+    check_etag,
+    check_space,
+    discard,
+    is_hash,
+    placeholder,
+    watched_client,
+)
+from mlx_zoo.hub.asking import TIMEOUT, ask, is_offline, is_transient, not_cached
+from mlx_zoo.hub.cache import cache_root
+from mlx_zoo.hub.pins import Pins
+from mlx_zoo.hub.source import HubSource, is_permitted
+
+log = logging.getLogger("mlx_zoo")
+_T = TypeVar("_T")
+
+
+def resolve_revision(
+    source: HubSource,
+    *,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> str:
+    """The commit that `source` stands for: as pinned, else as the hub says now, which pins it.
+
+    A revision that is given (here or in the source) is asked for again, and pinned anew; when the
+    hub cannot be reached, its last pin is used. Raises as `fetch.fetch_files` does.
+    """
+    return open_repository(source, cache_dir, local_files_only, revision).resolve()
+
+
+def open_repository(
+    source: HubSource, cache_dir: Path | None, local_files_only: bool, revision: str | None
+) -> Repository:
+    """The repository of `source`, at `revision` if that is given. Asks nothing yet."""
+    from huggingface_hub import constants
+
+    root = cache_root(cache_dir)
+    return Repository(
+        source=replace(source, revision=revision or source.revision),
+        # Read now and handed to every call: the client itself reads it once, at import.
+        endpoint=(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"),
+        cache=Path(constants.HF_HUB_CACHE) if cache_dir is None else root / "hub",
+        pins=Pins(root / "pins" / f"{source.repo.replace('/', '--')}.json", source.repo),
+        offline=is_offline(local_files_only),
+    )
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at the revision that is asked for, and where its bytes and pins are kept."""
+
+    source: HubSource
+    endpoint: str
+    cache: Path  # huggingface_hub's folder
+    pins: Pins
+    offline: bool
+
+    @property
+    def repo(self) -> str:
+        return self.source.repo
+
+    # What there is
+
+    def resolve(self) -> str:
+        """The commit of the revision; see `resolve_revision`."""
+        revision = self.source.revision
+        if revision and is_hash(revision):
+            return revision.lower()
+        branch = revision or "main"
+        pinned = self.pins.commit_of(branch)
+        if self.offline:
+            commit = pinned or self._client_ref(branch)
+            if commit is None:
+                raise not_cached(self.source, branch)
+            return commit
+        if pinned and revision is None:
+            return pinned
+        try:
+            commit, files = self._ask_for_commit(revision)
+        except DownloadError as error:
+            if pinned is None or not is_transient(error.__cause__):
+                raise
+            log.warning("%s; using commit %s of %s, pinned earlier", error, pinned, self.repo)
+            return pinned
+        self.pins.record(commit, branch=branch, files=files)
+        return commit
+
+    def files_at_hand(self, commit: str, wanted: Iterable[str]) -> list[str]:
+        """The names of a commit's files, or of those `wanted` that a cache without a list has."""
+        files = self._list_files(commit)
+        if files is None:
+            files = [name for name in wanted if self._cached(commit, name)]
+            if not files:
+                raise not_cached(self.source, "weights")
+        return files
+
+    def has(self, commit: str, name: str) -> bool:
+        found = self._look_up(commit, name)
+        if found is not None:
+            return isinstance(found, str)
+        files = self._list_files(commit)
+        if (
+            files is None
+        ):  # unknown is not missing: a pooling config that is skipped changes results
+            raise not_cached(self.source, name)
+        return name in files
+
+    def _list_files(self, commit: str) -> list[str] | None:
+        """The names of a commit's files; None if that was never asked and there is no network."""
+        known = self.pins.files_of(commit)
+        if known is not None or self.offline:
+            return known
+        _, files = self._ask_for_commit(commit)
+        self.pins.record(commit, files=files)
+        return files
+
+    def _ask_for_commit(self, revision: str | None) -> tuple[str, list[str]]:
+        """One call: the commit of a revision, and the names of its files."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self.endpoint)
+        info = self._ask(
+            lambda: api.model_info(self.repo, revision=revision, timeout=TIMEOUT), self.endpoint
+        )
+        commit = check_commit(info.sha, self.endpoint)
+        if info.siblings is None:
+            raise DownloadError(f"{self.endpoint} does not list the files of {self.source}")
+        return commit, [str(sibling.rfilename) for sibling in info.siblings]
+
+    def _client_ref(self, branch: str) -> str | None:
+        """The commit that another program of the user fetched through the same hub cache."""
+        ref = self.cache / f"models--{self.repo.replace('/', '--')}" / "refs" / branch
+        commit = ref.read_text().strip() if ref.is_file() else ""
+        return commit.lower() if is_hash(commit) else None
+
+    def _look_up(self, commit: str, name: str) -> Any:
+        """A path (str) in the client's cache; None: not there; else known not to exist."""
+        from huggingface_hub import try_to_load_from_cache
+
+        return try_to_load_from_cache(self.repo, name, cache_dir=self.cache, revision=commit)
+
+    def _cached(self, commit: str, name: str) -> Path | None:
+        found = self._look_up(commit, name)
+        return Path(found) if isinstance(found, str) else None
+
+    # Its bytes
+
+    def fetch(self, commit: str, name: str) -> tuple[Path, str]:
+        """One file and its sha256, downloaded if need be and hashed unless it was before."""
+        path = self._cached(commit, name)
+        if path and (known := self.pins.verified_sha256(commit, name, path)):
+            return path, known
+        where = f"{name} of {self.repo} at {commit}"
+        etag: str | None
+        for _ in range(2):
+            if path is None:
+                path, etag = self._download(commit, name)
+            else:
+                etag = self._promised_etag(commit, name, path)
+            looks = None if name.endswith((".html", ".md")) else placeholder(path)
+            found, matches = _hashes(path, etag)
+            if matches and not looks:
+                self.pins.record(commit, verified=(name, path, found))
+                return path, found
+            discard(path)
+            if looks:
+                raise DownloadError(f"{where} is {looks}")
+            if self.offline:
+                break
+            log.warning("%s does not have the hash %s: deleted", where, etag)
+            path = None
+        raise IntegrityError(
+            f"{where}: the bytes have sha256 {found}, but the hub promises {etag}. "
+            + (
+                "The damaged file was deleted from the cache; load it once with the network on"
+                if self.offline
+                else "Fetched twice, nothing was kept: a proxy or a disk alters the file"
+            )
+        )
+
+    def _promised_etag(self, commit: str, name: str, path: Path) -> str | None:
+        """The ETag of a cached file: its blob's name, else asked for, which needs the network."""
+        # One link away, as blobs may be links themselves.
+        blob = Path(os.readlink(path)).name if path.is_symlink() else ""
+        if is_hash(blob):
+            return blob
+        return None if self.offline else self._head(commit, name).etag
+
+    def _download(self, commit: str, name: str) -> tuple[Path, str]:
+        """Have the client fetch a file into its cache; returns its path there and its ETag."""
+        from huggingface_hub import hf_hub_download
+
+        if self.offline:
+            raise not_cached(self.source, name)
+        metadata = self._head(commit, name)
+        check_space(metadata.size or 0, self.cache)
+        self._ask(
+            lambda: hf_hub_download(
+                self.repo, name, revision=commit, cache_dir=self.cache, endpoint=self.endpoint
+            ),
+            f"{self.endpoint}/{self.repo}/resolve/{commit}/{name}",
+            client_retries=True,
+        )
+        path = self._cached(commit, name)
+        if path is None:
+            raise DownloadError(f"{self.endpoint} gave {name} of {self.repo} another commit")
+        return path, metadata.etag
+
+    def _head(self, commit: str, name: str) -> Any:
+        """The hub's metadata of a file; its ETag and commit are hashes, or it is refused."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        url = hf_hub_url(self.repo, name, revision=commit, endpoint=self.endpoint)
+        metadata = self._ask(
+            lambda: get_hf_file_metadata(url, endpoint=self.endpoint, timeout=TIMEOUT), url
+        )
+        if metadata.etag is None or metadata.commit_hash is None:
+            raise DownloadError(
+                f"{url}: the answer carries no ETag and commit, so it is not a hub's. "
+                "Check HF_ENDPOINT and any proxy"
+            )
+        check_etag(metadata.etag, url)
+        if check_commit(metadata.commit_hash, url) != commit:
+            raise DownloadError(f"{url} answers for another commit, {metadata.commit_hash}")
+        host = urlsplit(metadata.location).hostname
+        if host != urlsplit(self.endpoint).hostname and not is_permitted(metadata.location):
+            raise DownloadError(f"{url} redirects to {metadata.location}: only https is fetched")
+        return replace(metadata, etag=metadata.etag.lower())
+
+    def _ask(self, action: Callable[[], _T], url: str, client_retries: bool = False) -> _T:
+        """`ask`, with every answer looked at before the client acts on it."""
+
+        def watched() -> _T:
+            with watched_client():  # for each try: the client makes a new session when it likes
+                return action()
+
+        return ask(watched, self.source, url, self.cache, client_retries)
+
+
+def _hashes(path: Path, etag: str | None) -> tuple[str, bool]:
+    """The sha256 of a file, and whether it is what its ETag says (sha256, or git's blob sha1)."""
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+            if etag and len(etag) == 40:
+                git.update(chunk)
+    found = sha256.hexdigest()
+    return found, etag in (None, found, git.hexdigest())
