@@ -88,7 +88,8 @@ def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
     assert isinstance(source, HubSource)
     own = read(source, place)
     task = checkpoint.task if own.task is None else own.task
-    return replace(checkpoint, config=own.config, labels=own.labels, task=task)
+    found = {"config": own.config, "labels": own.labels, "revision": own.revision}
+    return replace(checkpoint, task=task, **found)
 
 
 def with_weights_of(checkpoint: Checkpoint, other: str | os.PathLike[str]) -> Checkpoint:
@@ -99,6 +100,8 @@ def with_weights_of(checkpoint: Checkpoint, other: str | os.PathLike[str]) -> Ch
         raise ValueError(
             f"pretrained={other!r}: True, the path of a checkpoint, or a source is needed"
         )
+    if isinstance(source, (FileSource, DirectorySource)):  # also after a change of directory
+        source = replace(source, path=source.path.resolve())
     return Checkpoint(
         name=checkpoint.variant,
         architecture=checkpoint.architecture,
@@ -143,9 +146,10 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     read_config = _of_timm if "architecture" in config else _of_transformers
     try:
         checkpoint = read_config(config, name)
+        registry.architectures()[checkpoint.architecture].model(checkpoint.config)  # lazy
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
-    return replace(checkpoint, source=str(source))
+    return replace(checkpoint, source=str(source), revision=fetched.revision or None)
 
 
 def files_of(
@@ -225,8 +229,9 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     architecture = registry.family(variant)
     if architecture is None:
         raise UnsupportedConfig(f"{name}: timm's architecture {variant!r} is not implemented")
-    if config.get("model_args"):
-        raise UnsupportedConfig(f"{name}: model_args={config['model_args']} is not implemented")
+    for option, allowed in (("model_args", ({}, None)), ("global_pool", ("avg", None))):
+        if config.get(option) not in allowed:
+            raise UnsupportedConfig(f"{name}: {option}={config[option]!r} is not implemented")
     published = config.get("pretrained_cfg") or {}
     in_chans, *size = published.get("input_size") or (3, 224, 224)
     num_classes = int(config.get("num_classes", published.get("num_classes", 1000)))

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import mlx_zoo
-from mlx_zoo import registry, zoo
+from mlx_zoo import converting, registry
 from mlx_zoo.describe import DATA
 from mlx_zoo.errors import MLXZooError
 from mlx_zoo.hub import cache as cache_module
@@ -77,7 +77,7 @@ def right():
 @pytest.fixture(autouse=True)
 def warnings_are_new():
     """A warning is given once in a process: here, once in a test."""
-    zoo._warn_once.cache_clear()
+    converting.warn_once.cache_clear()
 
 
 # ------------------------------------------------------------------ 17: killed at any point

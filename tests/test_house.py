@@ -43,7 +43,8 @@ ARROWS = {
     "registry": ("catalogue", "errors", "specs", "mapping.engine"),  # to count parameters
     "hub": ("errors",),
     "describe": ("registry", "catalogue", "errors", "hub", "preprocess"),
-    "zoo": ("describe", "registry", "catalogue", "errors", "hub", "mapping"),
+    "converting": ("describe", "registry", "catalogue", "errors", "hub", "mapping"),
+    "zoo": ("converting", "describe", "registry", "catalogue", "errors", "hub", "mapping"),
     "verify": (
         "zoo",
         "describe",

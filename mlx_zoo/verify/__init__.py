@@ -57,22 +57,24 @@ def verify(
         VerificationError: there is nothing to compare with.
     """
     place = Place(cache_dir, local_files_only)
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
     if not isinstance(model, nn.Module):
+        # Said before anything is downloaded.
+        _can_run_original(describe.find(model, options.get("revision"), place))
         model = zoo.load(
             model, pretrained, cache_dir=cache_dir, local_files_only=local_files_only, **options
         )
     checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
         raise VerificationError("this network has random weights: there is nothing to compare with")
-    if device not in ("cpu", "gpu"):
-        raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
     modes = [(module, module.training) for module in model.modules()]  # parents first
     model.eval()
     try:
         with mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
             if _can_run_original(checkpoint):
-                return _against_original(model, place, size, seed, device)
-            return _against_stored(model, device)
+                return _against_original(model, place, size, seed)
+            return _against_stored(model)
     finally:
         for module, training in modes:
             module.train(training)
@@ -90,9 +92,7 @@ def _can_run_original(checkpoint) -> bool:
     )
 
 
-def _against_original(
-    model: nn.Module, place: Place, size: int | None, seed: int, device: str
-) -> Report:
+def _against_original(model: nn.Module, place: Place, size: int | None, seed: int) -> Report:
     checkpoint, config = model.checkpoint, model.config
     architecture = registry.of_model(model)
     if size is None:
@@ -140,7 +140,7 @@ def _against_original(
             compared(ours, x, theirs(ours, same), theirs(ours, double), precision)
             for ours, x in layers.items()
         ),
-        device=device,
+        device=str(mx.default_device().type).split(".")[-1],
         seed=seed,
         inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
         versions={**cache.versions(), **reference.versions(checkpoint.reference.library)},
@@ -159,7 +159,7 @@ def _paired_layers(model, spec, original) -> list[tuple[str, str, tuple[int, int
     return pairs
 
 
-def _against_stored(model: nn.Module, device: str) -> Report:
+def _against_stored(model: nn.Module) -> Report:
     """Against outputs of the original, in float64, that were stored when it could be run."""
     checkpoint = model.checkpoint
     stored = {
@@ -195,7 +195,7 @@ def _against_stored(model: nn.Module, device: str) -> Report:
             ),
         ),
         layers=tuple(rows),
-        device=device,
+        device=str(mx.default_device().type).split(".")[-1],
         seed=None,
         inputs=f"{len(images)} held-out images",
         versions=cache.versions(),

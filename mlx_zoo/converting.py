@@ -1,0 +1,318 @@
+"""Weights as their publisher stores them -> as our networks take them, kept in the cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_zoo import describe
+from mlx_zoo.catalogue import Architecture, Checkpoint
+from mlx_zoo.describe import Place, as_source
+from mlx_zoo.errors import CheckpointError, IntegrityError, MappingError, MLXZooError
+from mlx_zoo.hub import cache
+from mlx_zoo.hub.checkpoint import read_state_dict
+from mlx_zoo.hub.fetch import Fetched, fetch_files, fetch_weights, resolve_revision
+from mlx_zoo.hub.source import DirectorySource, HubSource, Source, UrlSource
+from mlx_zoo.mapping import engine
+from mlx_zoo.mapping.spec import Spec
+
+log = logging.getLogger("mlx_zoo")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which weights of a checkpoint are wanted, and as what."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    config: Any  # the checkpoint's, with the task and what else the user said
+    num_classes: int | None = None
+    in_chans: int | None = None
+    dtype: mx.Dtype | None = None
+    allow_nonfinite: bool = False
+
+    @property
+    def task(self) -> str | None:
+        return getattr(self.config, "task", None)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Weights in MLX's layout, the config they fill exactly, and the checkpoint they are from."""
+
+    weights: Mapping[str, mx.array]
+    config: Any
+    checkpoint: Checkpoint
+    entry: cache.Entry | None = None  # None where they could not be kept
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the bytes are, which bytes they are, and which network they are expected to fill."""
+
+    source: Source  # of the hub: at a commit
+    identity: Any  # a commit, a pinned address, or hashes
+    config: Any
+    fetched: Fetched | None  # what is at hand already: local files
+
+
+def converted(request: Request, place: Place) -> Converted:
+    """The weights from the cache; else fetched, mapped and kept there.
+
+    Raises MLXZooError: whatever is wrong with the files or the weights.
+    """
+    source = as_source(request.checkpoint.source)
+    if isinstance(source, DirectorySource) and describe.is_converted(source.path):
+        return _from_folder(source.path, request)
+    origin = _origin(source, request, place)
+    if isinstance(origin.source, HubSource):
+        checkpoint = replace(request.checkpoint, revision=origin.source.revision)
+        request = replace(request, checkpoint=checkpoint)
+    key = cache.key_of(
+        {
+            "source": origin.identity,
+            "architecture": request.architecture.name,
+            "specs": request.architecture.fingerprint,
+            "dialect": request.checkpoint.dialect,
+            "config": asdict(origin.config),
+            "dtype": str(request.dtype),
+        }
+    )
+    return _from_cache(key, request, place) or _convert(key, origin, request, place)
+
+
+def _origin(source: Source, request: Request, place: Place) -> Origin:
+    fetched = None
+    if isinstance(source, HubSource):  # a commit says what the bytes are
+        commit = request.checkpoint.revision or resolve_revision(source, **place.options)
+        source = HubSource(source.repo, commit)
+        identity: Any = str(source)
+    elif isinstance(source, UrlSource):
+        identity = str(source)
+    else:  # local files are what their bytes are
+        fetched = fetch_weights(source, **place.options)
+        _check_sha256(fetched.sha256, request.checkpoint)
+        identity = sorted(fetched.sha256.values())
+
+    config = _convertible(request)
+    files = describe.files_of(source, request.architecture, config, place)
+    config = request.architecture.read_files(config, files)
+    if fetched is not None:
+        folders = request.architecture.parts(config)
+        parts = [_fetch_part(source, folder, place) for folder in folders]
+        identity = [identity, [sorted(part.sha256.values()) for part in parts]]
+    return Origin(source, identity, config, fetched)
+
+
+def _convert(key: str, origin: Origin, request: Request, place: Place) -> Converted:
+    fetched = origin.fetched or fetch_weights(origin.source, **place.options)
+    state = read_state_dict(fetched.weights, fetched.index)
+    for folder, prefix in request.architecture.parts(origin.config).items():
+        state |= _part(origin.source, folder, prefix, place)
+    weights, config, dialect = _map(state, origin.config, request)
+    nonfinite = engine.nonfinite(weights)
+    _check_finite(nonfinite, request)
+    checkpoint = replace(request.checkpoint, dialect=dialect)
+    manifest = manifest_of(checkpoint, config, request.architecture, nonfinite)
+    manifest["source_sha256"] = fetched.sha256
+    try:
+        entry = cache.store(place.root, checkpoint.name, key, weights, manifest)
+    except OSError as error:
+        warn_once(f"converted weights cannot be kept in {place.root}: {error}")
+        entry = None
+    return Converted(weights, config, checkpoint, entry)
+
+
+def manifest_of(
+    checkpoint: Checkpoint, config: Any, architecture: Architecture, nonfinite: list[str]
+) -> dict[str, Any]:
+    """What is written beside converted weights: where they are from, and what they are."""
+    assert checkpoint.dialect is not None
+    return {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "spec": architecture.dialects[checkpoint.dialect].fingerprint,
+        "nonfinite": nonfinite,
+        **describe.to_json(replace(checkpoint, folder=None), config),
+    }
+
+
+def _convertible(request: Request) -> Any:
+    """The config that the weights are expected to fill: what of the wish they can fulfil."""
+    checkpoint, config = request.checkpoint, request.config
+    if is_bare(checkpoint):  # what it holds is not known yet: try the wish itself
+        sizes = {"num_classes": request.num_classes, "in_chans": request.in_chans}
+        return replace(config, **given(sizes))
+    if request.architecture.keeps_head(checkpoint, request.task, request.num_classes):
+        return config
+    if request.num_classes is None:
+        raise CheckpointError(
+            f"{checkpoint.name} has no head for {request.task}; "
+            "num_classes= asks for a fresh one, to be trained"
+        )
+    return request.architecture.without_head(config)
+
+
+def is_bare(checkpoint: Checkpoint) -> bool:
+    """Whether nothing but a file's own tensors says what they are."""
+    return checkpoint.dialect is None
+
+
+def _map(
+    state: Mapping[str, mx.array], config: Any, request: Request
+) -> tuple[dict[str, mx.array], Any, str]:
+    """The state dict as parameters of a network, that network's config, and the dialect.
+
+    Where the weights do not fill the wished-for head or input, and the user gave its size, they
+    may fill the network without it: it is made afresh then.
+    """
+    architecture = request.architecture
+    wishes = [config]
+    if request.num_classes is not None:
+        wishes.append(architecture.without_head(config))
+    if request.in_chans is not None:
+        own = request.checkpoint.config.in_chans
+        wishes += [replace(wish, in_chans=own) for wish in wishes]
+    failure: MappingError | None = None
+    for wish in wishes:
+        try:
+            wish = architecture.fit(wish, frozenset(state))
+            model = architecture.model(wish)
+            dialect = choose_dialect(state, model, architecture, request.checkpoint)
+            weights = engine.to_mlx(state, model, architecture.dialects[dialect])
+        except MappingError as error:
+            failure = failure or error
+            continue
+        if request.dtype is not None:
+            weights = {name: x.astype(request.dtype) for name, x in weights.items()}
+        return weights, wish, dialect
+    assert failure is not None
+    raise failure
+
+
+def choose_dialect(
+    state: Mapping[str, mx.array],
+    model: nn.Module,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+) -> str:
+    """The name of the one dialect that covers the tensors exactly.
+
+    Raises MappingError: with the nearest miss where there is none, with all where there are two.
+    """
+    candidates: dict[str, Spec] = {}
+    tables = set()
+    for name, spec in architecture.dialects.items():
+        publisher = name.partition(",")[0]
+        table = engine.links(model, spec)  # dialects that read this network alike are one
+        if checkpoint.dialect in (None, name, publisher) and table not in tables:
+            tables.add(table)
+            candidates[name] = spec
+    misses = {name: engine.mismatches(state, model, spec) for name, spec in candidates.items()}
+    fitting = [name for name, problems in misses.items() if not problems]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise MappingError(f"{checkpoint.source} fits several dialects: {'; '.join(fitting)}")
+    nearest = max(candidates, key=lambda name: _num_known(state, model, candidates[name]))
+    raise MappingError(
+        f"{checkpoint.source} does not fit {checkpoint.name} (as {nearest} writes it)",
+        misses[nearest],
+    )
+
+
+def _num_known(state: Mapping[str, mx.array], model: nn.Module, spec: Spec) -> int:
+    """How many of the tensors have a home in `model`, whatever their shapes."""
+    homes = {link.source for link in engine.links(model, spec)}
+    return sum(name.removeprefix(spec.prefix) in homes for name in state)
+
+
+def _part(source: Any, folder: str, prefix: str, place: Place) -> dict[str, mx.array]:
+    """The weights of a module that a repository keeps in a folder of its own."""
+    files = _fetch_part(source, folder, place).files
+    if not files:
+        raise CheckpointError(f"{source} has no weights in {folder}")
+    state = read_state_dict([next(iter(files.values()))])
+    return {prefix + name: x for name, x in state.items()}
+
+
+def _fetch_part(source: Any, folder: str, place: Place) -> Fetched:
+    names = [f"{folder}/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+    return fetch_files(source, (), optional=names, **place.options)
+
+
+def _check_sha256(hashes: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    promised = checkpoint.sha256
+    for name, sha256 in hashes.items():
+        if promised and not sha256.startswith(promised):
+            raise IntegrityError(
+                f"{name} of {checkpoint.source} has sha256 {sha256}, {promised} was published"
+            )
+
+
+def _check_finite(names: list[str] | None, request: Request) -> None:
+    if names and not request.allow_nonfinite:
+        cast = "" if request.dtype is None else f" as {str(request.dtype).split('.')[-1]}"
+        raise CheckpointError(
+            f"{request.checkpoint.source} holds NaN or infinity{cast} in "
+            f"{', '.join(engine.collapse(names))}; allow_nonfinite=True lets it pass"
+        )
+
+
+@once
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that it would say just this."""
+    log.warning(message)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
+    """What the entry of that key holds, or None where there is no whole one."""
+    checkpoint = request.checkpoint
+    entry = cache.find(place.root, checkpoint.name, key)
+    if entry is None:
+        return None
+    try:
+        stored, config = describe.from_json(entry.manifest)
+        checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
+        found = Converted(cache.read_weights(entry), config, checkpoint, entry)
+    except CheckpointError as error:  # of another release, say
+        cache.quarantine(place.root, entry.path, error)
+        return None
+    except OSError:
+        log.info("%s was removed just now; it is converted again", entry.path)
+        return None
+    _check_finite(entry.manifest.get("nonfinite"), request)
+    return found
+
+
+def _from_folder(folder: Path, request: Request) -> Converted:
+    """What `convert` wrote."""
+    try:
+        entry = cache.read_entry(folder)
+        cache.check(entry)
+        weights = cache.read_weights(entry)
+    except (OSError, ValueError, MLXZooError) as error:
+        raise IntegrityError(f"{folder} is damaged ({error}): convert it again") from error
+    if entry.manifest["format"] != cache.FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {entry.manifest['format']}, {cache.FORMAT} is read here: "
+            "convert it again"
+        )
+    checkpoint, config = describe.from_json(entry.manifest)
+    _check_finite(entry.manifest.get("nonfinite"), request)
+    published = vars(request.checkpoint.config)
+    said = {k: v for k, v in vars(request.config).items() if k != "task" and v != published[k]}
+    checkpoint = replace(checkpoint, folder=str(folder))
+    return Converted(weights, replace(config, **said), checkpoint, entry)
