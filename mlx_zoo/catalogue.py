@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from mlx_zoo.mapping.spec import Spec
+
+DATA = Path(__file__).parent / "data"  # what ships with the package
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class Architecture:
         lambda checkpoint, task, num_classes: num_classes in (None, checkpoint.config.num_classes)
     )
     without_head: Callable[[Any], Any] = lambda config: config
+    # How many outputs the head has; None where that is not for the user to say.
+    head_size: Callable[[Any], int | None] = lambda config: config.num_classes
+    fixed_sizes: Mapping[str, int] = field(default_factory=dict)  # tasks that say it themselves
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,13 +136,13 @@ def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
         accuracy={k: float(row[k]) for k in ("acc1", "acc5") if row[k]},
         preprocessing=Preprocessing(
             size=size,
-            resize=resize or _timm_resize(size, row["crop_pct"]),
+            resize=resize or timm_resize(size, row["crop_pct"]),
             interpolation=row["interpolation"],
             mean=_numbers(row["mean"]),
             std=_numbers(row["std"]),
             test_size=test_size,
             test_resize=test_size
-            and _timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
+            and timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
         ),
         labels=imagenet_labels() if num_classes == 1000 else (),
         aliases=tuple(row["aliases"].split()),
@@ -148,11 +153,10 @@ def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
 @cache
 def imagenet_labels() -> tuple[str, ...]:
     """The 1000 classes of ImageNet-1k in their order, as torchvision writes them."""
-    path = Path(__file__).parent / "data" / "imagenet1k.txt"
-    return tuple(path.read_text(encoding="utf-8").splitlines())
+    return tuple((DATA / "imagenet1k.txt").read_text(encoding="utf-8").splitlines())
 
 
-def _timm_resize(size: int, crop_pct: str) -> int:
+def timm_resize(size: int, crop_pct: str | float) -> int:
     """timm resizes so that the crop is `crop_pct` of the shorter side."""
     return math.floor(size / float(crop_pct))
 
@@ -180,7 +184,23 @@ def config_from(kind: type, values: Mapping[str, Any]) -> Any:
             f"{', '.join(unknown)}: not an option of {kind.__name__}, which has "
             f"{', '.join(sorted(known))}"
         )
-    return kind(**{name: _with_tuples(value) for name, value in values.items()})
+    values = {name: _with_tuples(value) for name, value in values.items()}
+    for f in fields(kind):
+        if f.name in values:
+            _check_type(kind, f.name, values[f.name], f.default)
+    return kind(**values)
+
+
+def _check_type(kind: type, name: str, value: Any, default: Any) -> None:
+    """A field takes what its default is: a count no text, a tuple of counts no single count."""
+    if default is MISSING or default is None or value is None:
+        return
+    accepted = (int, float) if isinstance(default, float) else type(default)
+    right = isinstance(value, accepted) and isinstance(value, bool) == isinstance(default, bool)
+    if right and isinstance(default, tuple) and default and isinstance(default[0], int):
+        right = all(isinstance(item, int) for item in value)
+    if not right:
+        raise ValueError(f"{name}={value!r}: {kind.__name__} takes something like {default!r}")
 
 
 def _with_tuples(value: Any) -> Any:

@@ -36,10 +36,14 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (MLXZooError, ValueError, OSError) as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(str(error)) from error
+            expected = isinstance(error, (MLXZooError, ValueError, OSError))
+            text = str(error) if expected else f"{type(error).__name__}: {error} (see --debug)"
+            raise click.ClickException(text) from error
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +69,7 @@ NETWORK = (
     click.option("--pretrained", type=click.Path(), help="Other weights of the same network."),
     click.option("--task", help="Which head, for text networks."),
     click.option("--num-classes", type=int, help="Another number makes a fresh head."),
+    click.option("--in-chans", type=int, help="Channels of the images."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"])),
 )
 
@@ -80,18 +85,9 @@ def options(*groups: tuple[Callable[[Callable], Callable], ...]) -> Callable:
     return decorate
 
 
-def loading(
-    *, pretrained=None, offline=False, dtype=None, task=None, num_classes=None, **place: Any
-) -> dict[str, Any]:
+def load_options(*, pretrained: str | None, offline: bool, **same: Any) -> dict[str, Any]:
     """The command line's options as `mlx_zoo.load` takes them."""
-    return {
-        "pretrained": pretrained or True,
-        "local_files_only": offline,
-        "task": task,
-        "num_classes": num_classes,
-        "dtype": dtype,
-        **place,
-    }
+    return {"pretrained": pretrained or True, "local_files_only": offline, **same}
 
 
 def show(value: Any) -> None:
@@ -150,7 +146,7 @@ def load(name: str, as_json: bool, verify: bool, **chosen: Any) -> None:
     import mlx.core as mx
 
     start = time.perf_counter()
-    model = mlx_zoo.load(name, verify=verify, **loading(**chosen))
+    model = mlx_zoo.load(name, verify=verify, **load_options(**chosen))
     seconds = time.perf_counter() - start
     weights = engine.parameters(model).values()
     facts = {
@@ -177,7 +173,7 @@ def load(name: str, as_json: bool, verify: bool, **chosen: Any) -> None:
 @as_json
 def convert(name: str, folder: Path, as_json: bool, **chosen: Any) -> None:
     """Write a self-contained FOLDER that `local-dir:FOLDER` loads."""
-    options = loading(**chosen)
+    options = load_options(**chosen)
     path = mlx_zoo.convert(name, folder, options.pop("pretrained"), **options)
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     if as_json:
@@ -193,8 +189,8 @@ def convert(name: str, folder: Path, as_json: bool, **chosen: Any) -> None:
 @options(NETWORK, PLACE)
 @as_json
 def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: Any) -> None:
-    """Write a model's weights as PyTorch names and stores them (safetensors)."""
-    path = mlx_zoo.export(mlx_zoo.load(name, **loading(**chosen)), file, dialect=dialect)
+    """Write a model's weights in PyTorch's names and layout (safetensors)."""
+    path = mlx_zoo.export(mlx_zoo.load(name, **load_options(**chosen)), file, dialect=dialect)
     if as_json:
         show({"file": str(path), "bytes": path.stat().st_size})
     else:
@@ -211,7 +207,7 @@ def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: 
 @as_json
 def verify(name: str, as_json: bool, device, size, seed, html: Path | None, **chosen: Any) -> None:
     """Compare a model with its PyTorch original, layer by layer. Exit status 1 if they differ."""
-    options = loading(**chosen)
+    options = load_options(**chosen)
     report = mlx_zoo.verify(
         name, options.pop("pretrained"), device=device, size=size, seed=seed, **options
     )
@@ -233,7 +229,9 @@ def verify(name: str, as_json: bool, device, size, seed, html: Path | None, **ch
 @as_json
 def predict(name: str, images: tuple[str, ...], top_k: int, as_json: bool, **chosen: Any) -> None:
     """Classify images."""
-    classify = mlx_zoo.pipeline("image-classification", mlx_zoo.load(name, **loading(**chosen)))
+    classify = mlx_zoo.pipeline(
+        "image-classification", mlx_zoo.load(name, **load_options(**chosen))
+    )
     answers = classify(list(images), top_k=top_k)
     if as_json:
         show(dict(zip(images, answers, strict=True)))
@@ -396,7 +394,7 @@ def _system() -> dict[str, Any]:
 
     from mlx_zoo.backend import blas
 
-    library = blas.current()
+    library = blas.load_fast_blas()
     return {
         "mlx_zoo": mlx_zoo.__version__,
         "mlx": version("mlx"),

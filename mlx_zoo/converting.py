@@ -85,7 +85,26 @@ def converted(request: Request, place: Place) -> Converted:
             "dtype": str(request.dtype),
         }
     )
-    return _from_cache(key, request, place) or _convert(key, origin, request, place)
+    found = _from_cache(key, request, place)
+    if found is not None and _is_asked_for(found.config, origin.config, request):
+        return found
+    return _convert(key, origin, request, place)
+
+
+def _is_asked_for(config: Any, expected: Any, request: Request) -> bool:
+    """Whether an entry is another than the expected network only where the user allows it.
+
+    It may lack the head or have other input channels, which `_map` permits to who gives a number.
+    """
+    may_differ = {
+        "task": request.num_classes,
+        "num_classes": request.num_classes,
+        "in_chans": request.in_chans,
+    }
+    return all(
+        given is not None or getattr(config, name, None) == getattr(expected, name, None)
+        for name, given in may_differ.items()
+    )
 
 
 def _origin(source: Source, request: Request, place: Place) -> Origin:
@@ -120,6 +139,8 @@ def _convert(key: str, origin: Origin, request: Request, place: Place) -> Conver
     nonfinite = engine.nonfinite(weights)
     _check_finite(nonfinite, request)
     checkpoint = replace(request.checkpoint, dialect=dialect)
+    if is_bare(request.checkpoint):  # only now is it known what the file holds
+        checkpoint = replace(checkpoint, config=config)
     manifest = manifest_of(checkpoint, config, request.architecture, nonfinite)
     manifest["source_sha256"] = fetched.sha256
     try:
@@ -208,19 +229,20 @@ def choose_dialect(
     Raises MappingError: with the nearest miss where there is none, with all where there are two.
     """
     candidates: dict[str, Spec] = {}
-    tables = set()
     for name, spec in architecture.dialects.items():
         publisher = name.partition(",")[0]
-        table = engine.links(model, spec)  # dialects that read this network alike are one
-        if checkpoint.dialect in (None, name, publisher) and table not in tables:
-            tables.add(table)
+        if checkpoint.dialect in (None, name, publisher):
             candidates[name] = spec
     misses = {name: engine.mismatches(state, model, spec) for name, spec in candidates.items()}
-    fitting = [name for name, problems in misses.items() if not problems]
+    fitting: dict[tuple[engine.Link, ...], str] = {}
+    for name, problems in misses.items():
+        if not problems:  # dialects that read this network alike are one
+            fitting.setdefault(engine.links(model, candidates[name]), name)
     if len(fitting) == 1:
-        return fitting[0]
+        return next(iter(fitting.values()))
     if fitting:
-        raise MappingError(f"{checkpoint.source} fits several dialects: {'; '.join(fitting)}")
+        several = "; ".join(fitting.values())
+        raise MappingError(f"{checkpoint.source} fits several dialects: {several}")
     nearest = max(candidates, key=lambda name: _num_known(state, model, candidates[name]))
     raise MappingError(
         f"{checkpoint.source} does not fit {checkpoint.name} (as {nearest} writes it)",
@@ -258,6 +280,7 @@ def _check_sha256(hashes: Mapping[str, str], checkpoint: Checkpoint) -> None:
 
 
 def _check_finite(names: list[str] | None, request: Request) -> None:
+    """Raise CheckpointError for tensors with NaN or infinity, unless they are allowed."""
     if names and not request.allow_nonfinite:
         cast = "" if request.dtype is None else f" as {str(request.dtype).split('.')[-1]}"
         raise CheckpointError(
@@ -299,6 +322,7 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
 
 def _from_folder(folder: Path, request: Request) -> Converted:
     """What `convert` wrote."""
+    weights: Mapping[str, mx.array]
     try:
         entry = cache.read_entry(folder)
         cache.check(entry)
@@ -311,8 +335,38 @@ def _from_folder(folder: Path, request: Request) -> Converted:
             "convert it again"
         )
     checkpoint, config = describe.from_json(entry.manifest)
-    _check_finite(entry.manifest.get("nonfinite"), request)
+    if checkpoint.architecture != request.architecture.name:
+        raise CheckpointError(
+            f"{folder} holds a {checkpoint.architecture}, not a {request.architecture.name}"
+        )
     published = vars(request.checkpoint.config)
     said = {k: v for k, v in vars(request.config).items() if k != "task" and v != published[k]}
+    config = replace(config, **said)
+    if engine.parameters(request.architecture.model(config)).keys() != weights.keys():
+        raise CheckpointError(f"{folder}: its weights and config disagree")
+    if request.task != getattr(config, "task", None):
+        config, weights = _other_task(config, weights, folder, request)
+    if request.dtype is not None:
+        weights = {name: x.astype(request.dtype) for name, x in weights.items()}
+        _check_finite(engine.nonfinite(weights), request)
+    _check_finite(entry.manifest.get("nonfinite"), request)
     checkpoint = replace(checkpoint, folder=str(folder))
-    return Converted(weights, replace(config, **said), checkpoint, entry)
+    return Converted(weights, config, checkpoint, entry)
+
+
+def _other_task(
+    config: Any, weights: Mapping[str, mx.array], folder: Path, request: Request
+) -> tuple[Any, Mapping[str, mx.array]]:
+    """A converted network for another task, where its tensors and files suffice, else its body."""
+    architecture, task = request.architecture, request.task
+    body = architecture.without_head(config)
+    if task is not None:
+        wish = replace(body, task=task)
+        files = describe.files_of(DirectorySource(folder), architecture, wish, Place())
+        wish = architecture.fit(architecture.read_files(wish, files), frozenset())
+        stored = replace(request.checkpoint, config=config, task=config.task)
+        wanted = engine.parameters(architecture.model(wish)).keys()
+        if wanted <= weights.keys() and architecture.keeps_head(stored, task, request.num_classes):
+            return wish, {name: weights[name] for name in wanted}
+    wanted = engine.parameters(architecture.model(body)).keys()
+    return body, {name: weights[name] for name in wanted}

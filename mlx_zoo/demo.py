@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mlx_zoo
-from mlx_zoo.describe import DATA
+from mlx_zoo import registry
+from mlx_zoo.catalogue import DATA
 from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.mapping.engine import num_parameters
 from mlx_zoo.preprocess.image import preprocess
@@ -87,7 +88,7 @@ def _show(console: Console, facts: dict[str, Any], report, images, labels, score
     console.print(table)
     console.print()
     _show_digits(console, images, labels, scores)
-    count = len(mlx_zoo.list_models(pretrained=True))
+    count = len(registry.checkpoints())
     console.print(
         f"\nThe same line loads {count} published checkpoints from their original files:\n"
         "  mlx-zoo list 'resnet50*'\n"

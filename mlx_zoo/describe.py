@@ -11,12 +11,14 @@ from typing import Any
 
 from mlx_zoo import registry
 from mlx_zoo.catalogue import (
+    DATA,
     Architecture,
     Checkpoint,
     Preprocessing,
     Reference,
     config_from,
     labels,
+    timm_resize,
 )
 from mlx_zoo.errors import CheckpointError, UnknownModel, UnsupportedConfig
 from mlx_zoo.hub import cache
@@ -32,7 +34,11 @@ from mlx_zoo.hub.source import (
 from mlx_zoo.preprocess.sentence import sentence_files
 from mlx_zoo.preprocess.text import TOKENIZER_FILES
 
-DATA = Path(__file__).parent / "data"
+# Of any transformers config.json: these ask for arithmetic or code that is not here.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "auto_map": ({}, None),  # code of the repository's own
+}
 
 
 @dataclass(frozen=True)
@@ -92,23 +98,56 @@ def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
     return replace(checkpoint, task=task, **found)
 
 
-def with_weights_of(checkpoint: Checkpoint, other: str | os.PathLike[str]) -> Checkpoint:
-    """`checkpoint` with the weights of a local file or another source: what was published of it,
-    its hash included, does not hold for them."""
-    source = parse_source(other) if isinstance(other, (str, os.PathLike)) else None
+def with_weights_of(
+    checkpoint: Checkpoint, other: str | os.PathLike[str], place: Place
+) -> Checkpoint:
+    """`checkpoint` with the weights of a local file or another source.
+
+    What was published of it, its hash included, does not hold for them. A folder or repository
+    that says which network it holds must mean the same one. Raises CheckpointError otherwise;
+    ValueError for something that is no source.
+    """
+    source: Source | None = None
+    if isinstance(other, (str, os.PathLike)):
+        is_file = Path(other).is_file()  # whatever its name
+        source = FileSource(Path(other).resolve()) if is_file else parse_source(other)
     if source is None:
         raise ValueError(
             f"pretrained={other!r}: True, the path of a checkpoint, or a source is needed"
         )
-    if isinstance(source, (FileSource, DirectorySource)):  # also after a change of directory
-        source = replace(source, path=source.path.resolve())
-    return Checkpoint(
+    bare = Checkpoint(
         name=checkpoint.variant,
         architecture=checkpoint.architecture,
         config=checkpoint.config,
         source=str(source),
         reference=checkpoint.reference,
         preprocessing=checkpoint.preprocessing,
+    )
+    if isinstance(source, (FileSource, UrlSource)):
+        return bare
+    says = fetch_files(source, (), optional=("config.json", cache.MANIFEST), **place.options)
+    if not says.files:
+        return bare
+    own = read(source, place)
+    if differences := _differences(own, checkpoint):
+        raise CheckpointError(
+            f"{source} holds another network than {checkpoint.name}: {differences}; "
+            f"load({str(source)!r}, pretrained=True) loads it"
+        )
+    return own
+
+
+def _differences(own: Checkpoint, other: Checkpoint) -> str:
+    """What sets two networks apart, but for their heads and inputs; '' if nothing does."""
+    if own.architecture != other.architecture:
+        return f"{own.architecture}, not {other.architecture}"
+    ours, theirs = vars(own.config), vars(other.config)
+    free = {"num_classes", "in_chans", "task", "pooler", "pooling", "dense", "normalize"}
+    free |= {name for name in ours if "dropout" in name}
+    return ", ".join(
+        f"{name}={value!r}, not {theirs[name]!r}"
+        for name, value in ours.items()
+        if name not in free and value != theirs[name]
     )
 
 
@@ -132,7 +171,8 @@ def path_of(text: str) -> Path:
 
 def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     """What a repository or folder says of itself."""
-    fetched = fetch_files(source, (), optional=("config.json", cache.MANIFEST), **place.options)
+    names = ("config.json", cache.MANIFEST, "preprocessor_config.json")
+    fetched = fetch_files(source, (), optional=names, **place.options)
     files = fetched.files
     if isinstance(source, DirectorySource) and is_converted(source.path):
         return replace(from_json(read_json(files[cache.MANIFEST]))[0], source=str(source))
@@ -146,7 +186,11 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     read_config = _of_timm if "architecture" in config else _of_transformers
     try:
         checkpoint = read_config(config, name)
-        registry.architectures()[checkpoint.architecture].model(checkpoint.config)  # lazy
+        architecture = registry.architectures()[checkpoint.architecture]
+        architecture.model(checkpoint.config)  # lazy: nothing is allocated
+        if architecture.inputs == "images" and "preprocessor_config.json" in files:
+            how = _preprocessing(read_json(files["preprocessor_config.json"]))
+            checkpoint = replace(checkpoint, preprocessing=how)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
     return replace(checkpoint, source=str(source), revision=fetched.revision or None)
@@ -200,6 +244,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
+    for option, allowed in REFUSED.items():
+        if config.get(option) not in allowed:
+            raise UnsupportedConfig(f"{name}: {option} in config.json is not implemented")
     kind = config.get("model_type")
     for architecture in registry.architectures().values():
         if kind is not None and kind == architecture.model_type:
@@ -212,10 +259,13 @@ def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
     classes = config.get("architectures") or [None]
     if classes[0] is not None and classes[0] not in architecture.classes:
         raise UnsupportedConfig(f"{name}: {classes[0]} in config.json is not implemented")
+    own = architecture.read_config(config)
+    if classes[0] is not None and architecture.classes[classes[0]] is None:
+        own = architecture.without_head(own)
     return Checkpoint(
         name=name,
         architecture=architecture.name,
-        config=architecture.read_config(config),
+        config=own,
         source="",
         dialect="transformers",
         reference=Reference("transformers"),
@@ -229,12 +279,16 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     architecture = registry.family(variant)
     if architecture is None:
         raise UnsupportedConfig(f"{name}: timm's architecture {variant!r} is not implemented")
-    for option, allowed in (("model_args", ({}, None)), ("global_pool", ("avg", None))):
-        if config.get(option) not in allowed:
-            raise UnsupportedConfig(f"{name}: {option}={config[option]!r} is not implemented")
+    said = {"global_pool": config.get("global_pool"), **(config.get("model_args") or {})}
+    if said.pop("global_pool") not in ("avg", None):
+        raise UnsupportedConfig(f"{name}: global_pool in config.json is not implemented")
     published = config.get("pretrained_cfg") or {}
     in_chans, *size = published.get("input_size") or (3, 224, 224)
-    num_classes = int(config.get("num_classes", published.get("num_classes", 1000)))
+    in_chans = said.pop("in_chans", in_chans)
+    num_classes = config.get("num_classes", published.get("num_classes", 1000))
+    num_classes = said.pop("num_classes", num_classes)
+    if said:
+        raise UnsupportedConfig(f"{name}: model_args={said} in config.json is not implemented")
     return Checkpoint(
         name=name,
         architecture=architecture.name,
@@ -246,12 +300,34 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
         license=published.get("license"),
         preprocessing=Preprocessing(
             size=size[0],
-            resize=int(size[0] / published.get("crop_pct", 0.875)),
+            resize=timm_resize(size[0], published.get("crop_pct", 0.875)),
             interpolation=published.get("interpolation", "bilinear"),
             mean=tuple(published.get("mean", Preprocessing.mean)),
             std=tuple(published.get("std", Preprocessing.std)),
         ),
         labels=tuple(config.get("label_names") or ()),
+    )
+
+
+def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """transformers' preprocessor_config.json. Raises UnsupportedConfig for a kind not known."""
+    size = config.get("size") or {}
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    edge = size.get("shortest_edge", size.get("height"))
+    if edge is None or size.get("width", edge) != edge:
+        raise UnsupportedConfig(f"size={size} in preprocessor_config.json is not implemented")
+    crop = config.get("crop_size") or edge
+    crop = crop if isinstance(crop, int) else crop["height"]
+    resize = edge
+    if "crop_pct" in config:  # ConvNext's way, which microsoft/resnet-* follow
+        crop = edge
+        resize = timm_resize(edge, config["crop_pct"]) if edge < 384 else edge
+    return Preprocessing(
+        size=crop,
+        resize=resize,
+        interpolation={1: "lanczos", 2: "bilinear", 3: "bicubic"}[config.get("resample", 2)],
+        mean=tuple(config.get("image_mean") or Preprocessing.mean),
+        std=tuple(config.get("image_std") or Preprocessing.std),
     )
 
 

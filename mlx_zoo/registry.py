@@ -36,6 +36,8 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     Without `pretrained`, the names of bare architectures are included: they can be built with
     random weights.
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern={pattern!r}: text such as 'resnet*' is needed")
     names = set(checkpoints()) | {c.variant for c in checkpoints().values() if c.default}
     if not pretrained:
         names |= {name for a in architectures().values() for name in a.variants}

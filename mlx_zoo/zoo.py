@@ -6,11 +6,12 @@ read, mapped and kept. `convert` and `export` are the same road, to a folder and
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo import describe, registry
-from mlx_zoo.catalogue import Checkpoint, config_from
+from mlx_zoo.catalogue import Architecture, Checkpoint, config_from
 from mlx_zoo.converting import Converted, Request, converted, given, manifest_of, warn_once
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, VerificationError
@@ -91,7 +92,8 @@ def load(
         return _ready(model)
 
     if pretrained is not True:
-        checkpoint = describe.with_weights_of(checkpoint, pretrained)
+        checkpoint = describe.with_weights_of(checkpoint, pretrained, place)
+        wanted = _configure(checkpoint, task, config)
     request = Request(
         checkpoint, architecture, wanted, num_classes, in_chans, dtype, allow_nonfinite
     )
@@ -130,8 +132,8 @@ def _check_arguments(architecture, task, num_classes, in_chans, img_size) -> Non
         raise ValueError(f"task={task!r}: {name} has {', '.join(architecture.tasks)}")
     if not (num_classes is None or (isinstance(num_classes, int) and num_classes >= 0)):
         raise ValueError(f"num_classes={num_classes!r}: a count is needed")
-    if num_classes is not None and task is None and inputs == "tokens":
-        raise ValueError(f"num_classes={num_classes}: of which head? give task=, too")
+    if num_classes is not None and inputs == "tokens":
+        _check_head_size(architecture, task, num_classes)
     if in_chans is not None and inputs != "images":
         raise ValueError(f"in_chans={in_chans}: {name} takes {inputs}")
     if not (in_chans is None or (isinstance(in_chans, int) and in_chans > 0)):
@@ -139,6 +141,18 @@ def _check_arguments(architecture, task, num_classes, in_chans, img_size) -> Non
     if img_size is not None:
         kind = "images of any size" if inputs == "images" else inputs
         raise ValueError(f"img_size={img_size}: {name} takes {kind}")
+
+
+def _check_head_size(architecture: Architecture, task: str | None, num_classes: int) -> None:
+    if task is None:
+        raise ValueError(f"num_classes={num_classes}: of which head? give task=, too")
+    config = replace(next(iter(architecture.variants.values())), task=task)
+    size = architecture.head_size(config)
+    if size is None:
+        raise ValueError(f"num_classes={num_classes}: {task} has no classes to count")
+    if num_classes != architecture.fixed_sizes.get(task, num_classes or None):
+        wanted = architecture.fixed_sizes.get(task, "at least 1")
+        raise ValueError(f"num_classes={num_classes}: the head of {task} has {wanted}")
 
 
 def _configure(checkpoint: Checkpoint, task: str | None, options: Mapping[str, Any]) -> Any:
@@ -166,11 +180,8 @@ def _network(found: Converted, request: Request) -> nn.Module:
     """The network that the weights fill exactly."""
     _check_head(found, request)
     model = request.architecture.model(found.config)
-    weights = found.weights
-    if request.dtype is not None:
-        weights = {name: x.astype(request.dtype) for name, x in weights.items()}
     try:
-        model.load_weights(list(weights.items()), strict=True)
+        model.load_weights(list(found.weights.items()), strict=True)
     except ValueError as error:
         raise CheckpointError(
             f"{found.checkpoint.name}: converted weights and config disagree: {error}"
@@ -182,17 +193,26 @@ def _network(found: Converted, request: Request) -> nn.Module:
 def _adapted(model: nn.Module, request: Request) -> nn.Module:
     """`model` with the input and the head that the user asked for, where they are others."""
     config = model.config
-    kind = next(iter(engine.parameters(model).values())).dtype
     if request.in_chans not in (None, getattr(config, "in_chans", None)):
         model.reset_input(request.in_chans)
     other_task = request.task is not None and request.task != config.task
-    if other_task or request.num_classes not in (None, config.num_classes):
+    if other_task or request.num_classes not in (None, request.architecture.head_size(config)):
         if request.num_classes:
-            name, count = model.checkpoint.name, request.num_classes
-            log.warning("%s: a fresh head for %d classes, to be trained", name, count)
+            name, outputs = model.checkpoint.name, request.num_classes
+            log.warning("%s: a fresh head, to be trained; num_classes=%d", name, outputs)
+        # What was published of the old head does not hold for the new one.
+        model.checkpoint = replace(model.checkpoint, labels=(), accuracy={})
         model.reset_head(request.num_classes, *((request.task,) if other_task else ()))
-        model.set_dtype(kind)
     return _ready(model)
+
+
+def is_float(x: mx.array) -> bool:
+    return mx.issubdtype(x.dtype, mx.floating)
+
+
+def kind_of(model: nn.Module) -> mx.Dtype:
+    """The type of the first parameter."""
+    return next(iter(engine.parameters(model).values())).dtype
 
 
 def _ready(model: nn.Module) -> nn.Module:
@@ -206,13 +226,18 @@ def _verify_once(model: nn.Module, found: Converted, place: Place) -> None:
     from mlx_zoo.verify import verify
 
     entry = found.entry
-    done = entry.verification if entry else None
-    if entry and done and done.get("passed") and done.get("sha256") == entry.manifest["sha256"]:
+    done = (entry.verification if entry else None) or {}
+    this = {"config": json.loads(json.dumps(asdict(model.config))), "dtype": str(kind_of(model))}
+    if (
+        entry
+        and done.get("passed")
+        and {"sha256": entry.manifest["sha256"], **this}.items() <= done.items()
+    ):
         return
     report = verify(model, cache_dir=place.cache_dir, local_files_only=place.local_files_only)
     if entry:
         try:
-            cache.stamp(entry, report.summary())
+            cache.stamp(entry, {**report.summary(), **this})
         except OSError as error:
             warn_once(f"the verification cannot be kept in {entry.path}: {error}")
     if not report.passed:
@@ -272,7 +297,7 @@ def convert(
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | None = None) -> Path:
-    """Write a network's weights as PyTorch names and stores them, in one safetensors file.
+    """Write a network's weights in PyTorch's names and layout, in one safetensors file.
 
     Args:
         model: a network of this package, as loaded or after training.
@@ -283,6 +308,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
         ValueError: a dialect that the architecture does not have.
     """
     architecture = registry.of_model(model)
+    if odd := [n for n, x in engine.parameters(model).items() if not is_float(x)]:
+        raise ValueError(f"{odd[0]} holds no floats: a quantised network cannot be exported")
     checkpoint = getattr(model, "checkpoint", None)
     own = checkpoint.dialect if checkpoint else None
     name = dialect or own or next(iter(architecture.dialects))

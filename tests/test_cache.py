@@ -12,9 +12,12 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +228,119 @@ def test_row_18_the_faster_process_wins(cache, right, monkeypatch, caplog):
     assert caplog.text == ""
 
 
+def at_once(action, num=8):
+    """What `action(0)` ... `action(7)` return, each in a thread and all started together."""
+    barrier = threading.Barrier(num)
+
+    def start(index):
+        barrier.wait()
+        return action(index)
+
+    with ThreadPoolExecutor(num) as threads:
+        return list(threads.map(start, range(num)))
+
+
+@pytest.mark.parametrize("found", ["nothing", "a damaged entry"])
+def test_row_18_eight_threads_convert_at_once(found, cache, right, caplog):
+    if found != "nothing":
+        load()
+        only_entry(cache).weights.write_bytes(b"damaged")
+    assert at_once(lambda _: digest(load())) == [right] * 8
+    cache_module.check(only_entry(cache))
+    assert unfinished(cache) == []
+    assert "cannot be set aside" not in caplog.text
+    assert found != "nothing" or caplog.text == ""
+
+
+def test_row_18_eight_threads_store_one_key(cache, caplog):
+    """Each gets an entry that is whole, whoever wrote it."""
+    weights = [{"x": mx.full((1000, 100), i)} for i in range(8)]
+    mx.eval(weights)
+    stored = at_once(lambda i: cache_module.store(cache, NAME, "0" * 64, weights[i], {}))
+    entry = only_entry(cache)
+    assert {each.path for each in stored} == {entry.path}
+    assert {each.manifest["sha256"] for each in stored} == {entry.manifest["sha256"]}
+    cache_module.check(entry)
+    assert unfinished(cache) == []
+    assert caplog.text == ""
+
+
+def test_row_18_eight_threads_stamp_one_entry(cache):
+    """Of one process: its number alone would be the same for all."""
+    load()
+    entry = only_entry(cache)
+    results = [{"passed": True, "layers": "x" * 100_000 * i} for i in range(8)]
+    seen = []
+
+    def stamp(index):
+        for _ in range(10):
+            cache_module.stamp(entry, results[index])
+            seen.append(entry.verification)
+            assert entry.size > 0
+
+    at_once(stamp)
+    wanted = [{"sha256": entry.manifest["sha256"], **result} for result in results]
+    assert all(one in wanted for one in seen)
+    names = {path.name for path in entry.path.iterdir()}
+    assert names == {"model.safetensors", "manifest.json", "verification.json"}
+
+
+def test_a_stamp_that_cannot_be_written_leaves_the_last_one(cache, monkeypatch):
+    load()
+    entry = only_entry(cache)
+    cache_module.stamp(entry, {"passed": True})
+    monkeypatch.setattr(cache_module, "_flush", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        cache_module.stamp(entry, {"passed": False})
+    assert entry.verification["passed"]
+    assert len(list(entry.path.iterdir())) == 3
+
+
+def test_row_18_what_another_process_sets_aside_first_is_no_failure(cache, caplog):
+    (cache / "weights").mkdir(parents=True)
+    cache_module.quarantine(cache, cache / "weights" / "gone", "of another release")
+    (message,) = caplog.messages
+    assert "cannot be used (of another release)" in message
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
+    """Files, then the folder that names them, then its parent."""
+    flushed = []
+
+    def fsync(descriptor, fsync=os.fsync):
+        fsync(descriptor)
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    load()
+    path = only_entry(cache).path
+    *files, work, parent = flushed
+    assert {file.name for file in files} == {"model.safetensors", "manifest.json"}
+    assert {file.parent for file in files} == {work}
+    assert work.name.startswith(".partial-")
+    assert parent == path.parent
+
+
+def test_a_file_system_that_does_not_flush_folders_is_no_failure(cache, monkeypatch, caplog):
+    def fsync(descriptor, fsync=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    load()
+    cache_module.check(only_entry(cache))
+    assert caplog.text == ""
+
+
+def test_nothing_stays_open(cache):
+    load()
+    load()
+    cache_module.stamp(only_entry(cache), {"passed": True})
+    opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+    assert not [name for name in opened if name.startswith(str(cache))]
+
+
 # ------------------------------------------------------------------ 19: what makes a key
 
 
@@ -343,6 +459,7 @@ DAMAGE = {
     "no manifest": lambda entry: (entry.path / "manifest.json").unlink(),
     "empty manifest": write(""),
     "half a manifest": write('{"format": 1, '),
+    "a deep manifest": write("[" * 100_000),
     "a list for a manifest": write("[]"),
     "a manifest that is not text": lambda entry: (entry.path / "manifest.json").write_bytes(
         b"\xff\xfe\x00"
@@ -360,8 +477,8 @@ def test_row_20_damage_is_set_aside_and_converted_again(damage, cache, right, ca
     entry = only_entry(cache)
     damage(entry)
     assert digest(load()) == right
-    assert f"{entry.path} is damaged" in caplog.text
-    assert "converted again" in caplog.text
+    assert f"{entry.path} cannot be used (" in caplog.text
+    assert "set aside and converted again" in caplog.text
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     (aside,) = quarantined(cache)
     assert aside.name.startswith(entry.path.name)
@@ -537,7 +654,7 @@ def test_a_verification_is_kept_beside_its_weights(cache):
     }
     cache_module.stamp(entry, {"passed": False})
     assert only_entry(cache).verification["passed"] is False
-    for garbled in ("", "{", "[]", "1"):
+    for garbled in ("", "{", "[]", "1", "[" * 100_000):
         (entry.path / "verification.json").write_text(garbled)
         assert entry.verification is None
     assert {path.name for path in entry.path.iterdir()} == {
@@ -583,6 +700,46 @@ def test_entries_and_prune(cache, caplog):
     assert cache_module.prune(cache, keep_days=30) == [old]
     assert only_entry(cache).path == kept
     assert cache_module.prune(cache / "nothing here") == []
+
+
+def test_prune_removes_downloads_by_age_and_parts_that_were_left(cache):
+    folder, pins = cache / "downloads", cache / "pins"
+    for place in (folder, pins):
+        place.mkdir(parents=True)
+    ages = {"a.pth": 10, "b.pth": 40, ".young.part": 0, ".old.part": 2}
+    for name, days in ages.items():
+        (folder / name).write_bytes(bytes(days))
+        os.utime(folder / name, (time.time() - days * 24 * 3600,) * 2)
+    (pins / "org--name.json").touch()
+    (pins / ".old.part").touch()
+    os.utime(pins / ".old.part", (0, 0))
+    os.utime(pins / "org--name.json", (0, 0))
+
+    assert cache_module.downloads(cache) == [(folder / "a.pth", 10), (folder / "b.pth", 40)]
+    assert cache_module.downloads(cache / "nothing here") == []
+    assert set(cache_module.prune(cache)) == {folder / ".old.part", pins / ".old.part"}
+    assert cache_module.prune(cache, keep_days=30) == [folder / "b.pth"]
+    os.utime(folder / "a.pth", (time.time() + 999,) * 2)  # of the future
+    assert cache_module.prune(cache, keep_days=0) == [folder / "a.pth"]
+    assert cache_module.downloads(cache) == []
+    assert (folder / ".young.part").exists()
+    assert (pins / "org--name.json").exists()
+
+
+def test_prune_says_what_it_cannot_remove(cache, monkeypatch, caplog):
+    load()
+    path = only_entry(cache).path
+    monkeypatch.setattr(shutil, "rmtree", fail(errno.EACCES))
+    assert cache_module.prune(cache, keep_days=0) == []
+    assert f"{path} cannot be removed" in caplog.text
+
+
+def test_prune_beside_another_prune(cache):
+    for kind in ("float32", "float16", "bfloat16"):
+        load(dtype=kind)
+    removed = at_once(lambda _: cache_module.prune(cache, keep_days=0))
+    assert len({path for paths in removed for path in paths}) == 3
+    assert entries(cache) == []
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import pytest
 from hub_server import HTML, LocalHub, git_sha1, sha256
 from huggingface_hub import constants
 
+import mlx_zoo
 from mlx_zoo.errors import (
     CheckpointError,
     DownloadError,
@@ -76,6 +78,10 @@ def files_in(folder: Path) -> list[str]:
     """Every file but the client's own bookkeeping: locks and the tag for backup programs."""
     found = (path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts)
     return sorted(path.name for path in found if path.name not in ("CACHEDIR.TAG", ".gitignore"))
+
+
+def at(revision: str) -> HubSource:
+    return HubSource(SOURCE.repo, revision)
 
 
 def url_source(hub: LocalHub, content: bytes = WEIGHTS, digits: int = 8) -> UrlSource:
@@ -169,8 +175,6 @@ def test_local_folder_and_file(tmp_path):
     assert fetch_files(file, [], optional=["config.json"]).files == {}
     with pytest.raises(FileNotInRepository, match=r"vocab\.txt"):
         fetch_files(source, ["vocab.txt"])
-    with pytest.raises(ValueError, match="no revisions"):
-        fetch_weights(source, revision="main")
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(tmp_path):
@@ -418,7 +422,14 @@ def test_row_8_a_damaged_record_is_not_believed(hub, tmp_path):
     pins = tmp_path / "zoo" / "pins" / "org--name.json"
     fetch_weights(SOURCE)
     good = pins.read_text()
-    for bad in ("", "[]", "{", good.replace('"main": "', '"main": "../'), '{"revisions": 3}'):
+    for bad in (
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        good.replace('"main": "', '"main": "../'),
+        '{"revisions": 3}',
+    ):
         pins.write_text(bad)
         assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
         assert pins.read_text() == good
@@ -449,9 +460,9 @@ def test_row_9_private_or_missing(hub, monkeypatch):
 @pytest.mark.parametrize("revision", ["v9", "0" * 40])
 def test_row_9_missing_revision(hub, revision):
     with pytest.raises(RevisionNotFound, match="no such branch"):
-        fetch_weights(SOURCE, revision=revision)
+        fetch_weights(at(revision))
     with pytest.raises(RevisionNotFound):
-        fetch_files(HubSource("org/name", revision), ["config.json"])
+        fetch_files(at(revision), ["config.json"])
 
 
 def test_row_9_missing_file(hub):
@@ -496,7 +507,7 @@ def test_row_11_offline_and_cached(hub, monkeypatch, how):
         hub.stop()
     only = how == "argument"
     assert fetch_weights(SOURCE, local_files_only=only) == cold
-    assert fetch_weights(SOURCE, local_files_only=only, revision="main") == cold
+    assert fetch_weights(at("main"), local_files_only=only) == cold
     config = fetch_files(SOURCE, ["config.json"], optional=["vocab.txt"], local_files_only=only)
     assert set(config.files) == {"config.json"}
     assert hub.requests == []
@@ -537,27 +548,27 @@ def test_row_12_a_moved_branch_is_followed_only_when_asked(hub):
     moved = hub.push("org/name", {"config.json": CONFIG, "model.safetensors": WEIGHTS[::-1]})
     assert fetch_weights(SOURCE) == first
     assert resolve_revision(SOURCE) == first.revision
-    second = fetch_weights(SOURCE, revision="main")
+    second = fetch_weights(at("main"))
     assert second.revision == moved
     assert second.files["model.safetensors"].read_bytes() == WEIGHTS[::-1]
     assert fetch_weights(SOURCE) == second  # pinned anew
-    assert fetch_weights(SOURCE, revision=first.revision) == first
+    assert fetch_weights(at(first.revision)) == first
 
 
 def test_row_12_another_branch_leaves_the_pin_of_main(hub):
     first = fetch_weights(SOURCE)
     other = hub.push("org/name", {"model.safetensors": WEIGHTS[::-1]}, branch="v2")
-    assert fetch_weights(HubSource("org/name", "v2")).revision == other
+    assert fetch_weights(at("v2")).revision == other
     assert fetch_weights(SOURCE) == first
 
 
 def test_row_12_a_pin_stands_in_for_a_hub_that_fails(hub):
     first = fetch_weights(SOURCE)
     hub.fault("/revision/main", "status", times=99)
-    assert fetch_weights(SOURCE, revision="main") == first
+    assert fetch_weights(at("main")) == first
     hub.fault("/revision/v2", "status", times=99)
     with pytest.raises(DownloadError):
-        fetch_weights(SOURCE, revision="v2")
+        fetch_weights(at("v2"))
 
 
 # ----------------------------------------------------------------------------- row 13
@@ -713,6 +724,31 @@ def test_row_14_parts_of_killed_processes_are_swept(hub, tmp_path):
     assert young.exists()
 
 
+def test_row_14_a_part_that_is_gone_while_it_is_looked_at(hub, tmp_path, monkeypatch):
+    """Another process finishes its download between the listing of the folder and the look."""
+    folder = tmp_path / "zoo" / "downloads"
+    folder.mkdir(parents=True)
+    other = folder / ".other.part"
+    other.touch()
+
+    def stat(path, stat=Path.stat, **options):
+        if path == other:
+            other.replace(folder / "other.pth")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert fetch_weights(url_source(hub)).files["net.pth"].read_bytes() == WEIGHTS
+    assert (folder / "other.pth").exists()
+
+
+def test_row_18_eight_threads_fetch_one_address(hub, tmp_path):
+    source = url_source(hub)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: fetch_weights(source), range(8)))
+    assert {path.read_bytes() for each in found for path in each.files.values()} == {WEIGHTS}
+    assert files_in(tmp_path) == [found[0].files["net.pth"].name]
+
+
 @pytest.mark.parametrize("kind", ["hub", "url"])
 def test_row_15_no_space_is_known_before_the_download(hub, tmp_path, monkeypatch, kind):
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 1000, 1000)
@@ -816,18 +852,45 @@ def test_parse_source_reads_local_paths(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "net.pth").touch()
     (tmp_path / "org" / "file").touch()
-    folder, file = DirectorySource(Path("org/name")), FileSource(Path("net.pth"))
+    folder, file = DirectorySource(tmp_path / "org" / "name"), FileSource(tmp_path / "net.pth")
     assert parse_source("local-dir:org/name") == folder
     assert parse_source("./org/name") == folder
     assert parse_source(Path("org/name")) == folder
     assert parse_source("net.pth") == parse_source("./net.pth") == file
     assert parse_source(str(tmp_path / "net.pth")) == FileSource(tmp_path / "net.pth")
-    assert parse_source("org/file") == FileSource(Path("org/file"))
+    assert parse_source("org/file") == FileSource(tmp_path / "org" / "file")
+    assert parse_source("org/../org/name/../file") == parse_source("org/file")
+    assert parse_source("./..") == DirectorySource(tmp_path.parent)
     # A folder in the working directory does not shadow the hub.
     assert parse_source("org/name") == HubSource("org/name")
     (tmp_path / "plain").touch()
-    for source in (folder, file, parse_source("./plain"), parse_source("org/file")):
-        assert parse_source(str(source)) == source
+    plain = [parse_source(text) for text in ("./plain", "org/file")]
+    for place in (tmp_path, tmp_path / "org"):
+        monkeypatch.chdir(place)
+        for source in (folder, file, *plain):
+            assert parse_source(str(source)) == source
+
+
+def test_a_relative_folder_holds_after_a_change_of_directory(tmp_path, monkeypatch, minilm):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "minilm").symlink_to(minilm)
+    monkeypatch.chdir(tmp_path)
+    model = mlx_zoo.load("local-dir:models/minilm", pretrained=True, task="sentence-embedding")
+    monkeypatch.chdir(tmp_path / "models")
+    assert mlx_zoo.pipeline("sentence-embedding", model)("a sentence").shape == (384,)
+
+
+def test_a_link_keeps_its_name_and_its_shards(hub, monkeypatch):
+    """The hub's cache is made of links to blobs, which have no names and lie elsewhere."""
+    shard = "model-00001-of-00001.safetensors"
+    index = json.dumps({"weight_map": {"w": shard}}).encode()
+    hub.push("org/big", {"model.safetensors.index.json": index, shard: WEIGHTS})
+    path = fetch_weights(HubSource("org/big")).files["model.safetensors.index.json"]
+    assert path.is_symlink()
+    monkeypatch.chdir(path.parent)
+    source = parse_source("./model.safetensors.index.json")
+    assert source == FileSource(path)
+    assert fetch_weights(source).sha256[shard] == sha256(WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from mlx_zoo.errors import CheckpointError, UnsupportedConfig
+from mlx_zoo.models import bert
+from mlx_zoo.preprocess.files import MAX_JSON, read_json
 from mlx_zoo.preprocess.sentence import (
+    ACTIVATIONS,
+    POOLING_MODES,
     DenseConfig,
     SentenceConfig,
     read_sentence_config,
@@ -226,6 +230,7 @@ def modules_json(*kinds, paths=None):
     [
         ({"modules.json": None}, CheckpointError, "it has no modules.json"),
         ({"modules.json": "["}, CheckpointError, "modules.json is not JSON"),
+        ({"modules.json": "[" * 100_000}, CheckpointError, "modules.json is not JSON"),
         ({"modules.json": {}}, CheckpointError, "holds a dict"),
         ({"modules.json": [{"path": ""}]}, CheckpointError, "no type and path"),
         (
@@ -309,3 +314,44 @@ def modules_json(*kinds, paths=None):
 def test_wrong_files_are_named(contents, error, message, tmp_path):
     with pytest.raises(error, match=message):
         read_sentence_config(write(tmp_path, contents))
+
+
+def test_what_a_file_may_ask_for_is_what_the_network_has():
+    """Networks import nothing of preprocessing, so each has its own list."""
+    assert set(POOLING_MODES) == set(bert.POOLINGS)
+    assert set(ACTIVATIONS.values()) <= set(bert.ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b'{"a": "\xff"}', "is not JSON: .*utf-8"),
+        (b"\xef\xbb\xbf{}", "is not JSON: .*BOM"),
+        (b"[" * 100_000, "is not JSON: .*recursion"),
+        (b'{"a":' * 100_000, "is not JSON: .*recursion"),
+        (b"9" * 10_000, "is not JSON: .*digits"),
+        (b"[]", "holds a list instead of a dict"),
+        (b"null", "holds a NoneType instead of a dict"),
+        (b" " * (MAX_JSON + 1), "has more than"),
+        (None, "cannot be read: No such file"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_json_that_is_not_believed(content, message, tmp_path):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json {message}"):
+        read_json(path)
+
+
+def test_json_of_either_kind(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": "\u00e9"}', encoding="utf-8")
+    assert read_json(path) == {"a": "\u00e9"}
+    path.write_text("[1]")
+    assert read_json(path, list) == [1]
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        read_json(tmp_path)

@@ -268,6 +268,11 @@ def test_without_padding_equal_lengths_are_one_array(tokenizer):
         ({"vocab.txt": "a\nb\n"}, CheckpointError, r"no \[UNK\], \[CLS\], \[SEP\], \[PAD\]"),
         ({"vocab.txt": "a", "tokenizer_config.json": "[]"}, CheckpointError, "holds a list"),
         (
+            {"vocab.txt": "a", "tokenizer_config.json": "[" * 100_000},
+            CheckpointError,
+            "tokenizer_config.json is not JSON",
+        ),
+        (
             {"vocab.txt": "a", "tokenizer_config.json": '{"tokenizer_class": "MPNetTokenizer"}'},
             UnsupportedFormat,
             "MPNetTokenizer",

@@ -32,7 +32,6 @@ from mlx_zoo.errors import CheckpointError, IntegrityError, UnsafeCheckpoint, Un
 from mlx_zoo.hub.torch_checkpoint import (
     looks_like,
     read_tensors,
-    read_torch,
     strip_prefixes,
     unwrap,
 )
@@ -84,7 +83,7 @@ def test_every_dtype_bit_for_bit(tmp_path, zipped, protocol):
     raw = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     tensors = {str(d): raw.clone().view(d) for d in DTYPES if d != torch.bool}
     tensors["bool"] = raw % 3 == 0
-    found = read_torch(save(tensors, tmp_path / "x.pth", zipped, protocol))
+    found = read_tensors(save(tensors, tmp_path / "x.pth", zipped, protocol))
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         assert_same(found[name], tensor)
@@ -92,10 +91,10 @@ def test_every_dtype_bit_for_bit(tmp_path, zipped, protocol):
 
 @FORMATS
 def test_float64_keeps_its_digits(tmp_path, zipped):
-    found = read_torch(save({"a": torch.tensor([0.1, 1e300])}, tmp_path / "x.pth", zipped))
+    found = read_tensors(save({"a": torch.tensor([0.1, 1e300])}, tmp_path / "x.pth", zipped))
     assert found["a"].dtype == mx.float32
     tensor = torch.tensor([0.1, 1e300, 1 + 2**-52], dtype=torch.float64)
-    found = read_torch(save({"a": tensor}, tmp_path / "x.pth", zipped))
+    found = read_tensors(save({"a": tensor}, tmp_path / "x.pth", zipped))
     assert np.array(found["a"]).tolist() == [0.1, 1e300, 1 + 2**-52]
 
 
@@ -118,7 +117,7 @@ def test_views_of_storages(tmp_path, zipped):
         "empty view beyond the end": base[2:, 2:],
         "diagonal": base[0, 0].diagonal(),
     }
-    found = read_torch(save(tensors, tmp_path / "x.pth", zipped))
+    found = read_tensors(save(tensors, tmp_path / "x.pth", zipped))
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         assert_same(found[name], tensor)
@@ -129,13 +128,13 @@ def test_views_of_storages(tmp_path, zipped):
 @FORMATS
 def test_a_module(tmp_path, zipped):
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).half()
-    found = read_torch(save(module.state_dict(), tmp_path / "x.pth", zipped))
+    found = read_tensors(save(module.state_dict(), tmp_path / "x.pth", zipped))
     expected = module.state_dict()
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert_same(found[name], tensor)
     named = OrderedDict(module.named_parameters())  # Parameter objects, not their data
-    assert set(read_torch(save(named, tmp_path / "x.pth", zipped))) == set(named)
+    assert set(read_tensors(save(named, tmp_path / "x.pth", zipped))) == set(named)
 
 
 def tensors_of(shapes: st.SearchStrategy) -> st.SearchStrategy:
@@ -173,7 +172,7 @@ def tensors_of(shapes: st.SearchStrategy) -> st.SearchStrategy:
 def test_round_trips(tmp_path_factory, tensors, zipped, data):
     tied = data.draw(st.sampled_from(sorted(tensors)))
     tensors["the same again"] = tensors[tied]
-    found = read_torch(save(tensors, tmp_path_factory.getbasetemp() / "x.pth", zipped))
+    found = read_tensors(save(tensors, tmp_path_factory.getbasetemp() / "x.pth", zipped))
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         assert_same(found[name], tensor)
@@ -194,7 +193,7 @@ def test_a_training_checkpoint(tmp_path, zipped):
         "best": torch.tensor(0.1), "optimizer": optimizer.state_dict(),
         "state_dict": {f"module.{n}": t for n, t in module.state_dict().items()},
     }  # fmt: skip
-    found = read_torch(save(checkpoint, tmp_path / "x.pth", zipped))
+    found = read_tensors(save(checkpoint, tmp_path / "x.pth", zipped))
     assert list(found) == ["weight", "bias"]
     assert_same(found["weight"], module.weight)
 
@@ -204,7 +203,7 @@ def test_tensors_outside_the_state_dict_are_not_read(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(torch.ones(999).numpy().tobytes()) + 1] ^= 1
     path.write_bytes(data)
-    assert list(read_torch(path)) == ["a"]
+    assert list(read_tensors(path)) == ["a"]
 
 
 def test_unwrap_prefers_by_the_documented_order():
@@ -282,7 +281,7 @@ def test_files_of_another_kind_are_named(tmp_path, name):
     path = tmp_path / "x.pth"
     path.write_bytes(data)
     with pytest.raises(kind, match=message):
-        read_torch(path)
+        read_tensors(path)
 
 
 def test_looks_like():
@@ -293,7 +292,7 @@ def test_looks_like():
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"x\.pth: cannot be read"):
-        read_torch(tmp_path / "x.pth")
+        read_tensors(tmp_path / "x.pth")
 
 
 # --- Making hostile files -------------------------------------------------------------------------
@@ -611,12 +610,12 @@ CHILD = """
 import json, re, resource, sys, time
 from pathlib import Path
 from mlx_zoo.errors import CheckpointError, IntegrityError
-from mlx_zoo.hub.torch_checkpoint import read_torch
+from mlx_zoo.hub.torch_checkpoint import read_tensors
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps({"started": path.name}), flush=True)
     start = time.monotonic()
     try:
-        kind, message = "accepted", str(list(read_torch(path)))
+        kind, message = "accepted", str(list(read_tensors(path)))
     except (CheckpointError, IntegrityError) as error:
         kind, message = type(error).__name__, str(error)
     except BaseException as error:
@@ -691,7 +690,7 @@ def test_hostile_files_take_little_memory(outcomes):
 def test_the_hostile_files_differ_from_good_ones_in_one_thing(tmp_path):
     for data in (zipped(GOOD), stream(GOOD)):
         (tmp_path / "x.pth").write_bytes(data)
-        assert bits(read_torch(tmp_path / "x.pth")["a"]) == bytes(16)
+        assert bits(read_tensors(tmp_path / "x.pth")["a"]) == bytes(16)
         assert list(torch.load(tmp_path / "x.pth", weights_only=True)) == ["a"]
 
 
@@ -700,14 +699,14 @@ def test_what_python_2_wrote(tmp_path):
     name = b"U\x01a"
     value = encode(ORDERED_DICT) + b"](](" + name + encode(tensor()) + b"ee\x85R"
     (tmp_path / "x.pth").write_bytes(zipped(b"\x80\x02" + value + b"."))
-    assert list(read_torch(tmp_path / "x.pth")) == ["a"]
+    assert list(read_tensors(tmp_path / "x.pth")) == ["a"]
 
 
 def test_errors_are_of_the_right_kind(tmp_path):
     def refusal(data: bytes) -> type:
         (tmp_path / "x.pth").write_bytes(data)
         with pytest.raises((CheckpointError, IntegrityError)) as caught:
-            read_torch(tmp_path / "x.pth")
+            read_tensors(tmp_path / "x.pth")
         return caught.type
 
     assert refusal(zipped(UNSAFE["system"])) is UnsafeCheckpoint

@@ -346,7 +346,7 @@ def test_without_torch_the_bundled_network_is_verified_as_it_is_loaded(monkeypat
 
 
 def test_a_network_with_another_head_does_not_fit_its_original():
-    with pytest.raises(VerificationError, match="original does not take these weights"):
+    with pytest.raises(VerificationError, match="head of this network is fresh"):
         verify(digits(num_classes=3))
 
 

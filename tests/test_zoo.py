@@ -25,7 +25,7 @@ import pytest
 import torch
 from hub_server import LocalHub, sha256
 from huggingface_hub import constants
-from originals import randomise
+from originals import proven, randomise
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
@@ -49,6 +49,7 @@ from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.verify.reference import import_torchvision
 
 torchvision = import_torchvision()
+import timm  # noqa: E402
 import transformers  # noqa: E402
 
 DIGITS = "resnet_digits"
@@ -672,7 +673,7 @@ def test_row_39_another_number_of_classes_is_a_fresh_head(caplog):
     model = mlx_zoo.load(DIGITS, pretrained=True, num_classes=3)
     assert model(mx.zeros((1, 32, 32, 1))).shape == (1, 3)
     assert model.config.num_classes == 3
-    assert caplog.messages == ["resnet_digits: a fresh head for 3 classes, to be trained"]
+    assert caplog.messages == ["resnet_digits: a fresh head, to be trained; num_classes=3"]
     np.testing.assert_array_equal(model.layer4[0].conv2.weight, weights_of_digits("layer4.0.conv2"))
     caplog.clear()
     model = mlx_zoo.load(DIGITS, pretrained=True, num_classes=10)  # its own number
@@ -695,7 +696,7 @@ def test_row_39_the_text_of_three_classes(hub, tmp_path, caplog):
     assert caplog.messages == []
     model = mlx_zoo.load(name, pretrained=True, task="text-classification", num_classes=5)
     assert model(mx.array([[1, 2]])).shape == (1, 5)
-    assert caplog.messages == ["original: a fresh head for 5 classes, to be trained"]
+    assert caplog.messages == ["original: a fresh head, to be trained; num_classes=5"]
     assert mx.array_equal(model.pooler.weight, own.pooler.weight)
     with pytest.raises(CheckpointError, match="no head for token-classification; num_classes="):
         mlx_zoo.load(name, pretrained=True, task="token-classification")
@@ -708,8 +709,128 @@ def test_row_39_a_head_is_never_random_unless_asked_for(tmp_path):
     with pytest.raises(MappingError, match="qa_outputs"):
         mlx_zoo.load(name, pretrained=True, task=task)
     mlx_zoo.load(name, pretrained=True, task=task, num_classes=2)
-    with pytest.raises(CheckpointError, match="no head for question-answering; num_classes="):
+    with pytest.raises(MappingError, match="qa_outputs"):
         mlx_zoo.load(name, pretrained=True, task=task)
+
+
+def test_row_39_what_the_cache_holds_does_not_depend_on_earlier_wishes(tmp_path):
+    state = digits()
+    state["fc.weight"], state["fc.bias"] = state["fc.weight"][:7], state["fc.bias"][:7]
+    path = saved(state, tmp_path / "seven.pth")
+    with pytest.raises(MappingError, match="num_classes"):
+        mlx_zoo.load(DIGITS, path)
+    mlx_zoo.load(DIGITS, path, num_classes=12)  # keeps the body, and the cache has it
+    with pytest.raises(MappingError, match="num_classes"):
+        mlx_zoo.load(DIGITS, path)
+
+
+@pytest.mark.parametrize(
+    ("task", "num_classes"),
+    [("fill-mask", 7), ("pretraining", 2), ("question-answering", 3), ("text-classification", 0)],
+)
+def test_a_trained_head_cannot_be_replaced_by_a_count_that_it_has_not(task, num_classes, tmp_path):
+    bert_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"num_classes={num_classes}"):
+        mlx_zoo.load(f"local-dir:{tmp_path}", True, task=task, num_classes=num_classes)
+
+
+def test_a_named_network_does_not_take_the_weights_of_another(tmp_path):
+    bert_folder(tmp_path / "bert")
+    with pytest.raises(CheckpointError, match="vocab_size=99, not 30522"):
+        mlx_zoo.load("bert_base", pretrained=f"local-dir:{tmp_path / 'bert'}")
+    folder = mlx_zoo.convert(DIGITS, tmp_path / "digits")
+    for name in ("resnet18", "bert_base"):
+        with pytest.raises(CheckpointError, match="another network"):
+            mlx_zoo.load(name, pretrained=f"local-dir:{folder}")
+    assert is_digits(mlx_zoo.load(DIGITS, pretrained=f"local-dir:{folder}"))
+
+
+def test_a_file_is_a_file_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.pth.tar", "weights", "w.PTH"):
+        saved(digits(), tmp_path / name)
+        assert is_digits(mlx_zoo.load(DIGITS, pretrained=name))
+
+
+def test_the_folders_that_timm_writes(tmp_path):
+    from timm.models import save_for_hf
+
+    for i, options in enumerate(({}, {"num_classes": 7}, {"in_chans": 1})):
+        original = randomise(timm.create_model("resnet18", **options))
+        save_for_hf(original, tmp_path / str(i), safe_serialization=True)
+        model = mlx_zoo.load(f"local-dir:{tmp_path / str(i)}", pretrained=True)
+        proven(model, size=64)
+
+
+def test_a_body_alone_of_transformers_resnet(tmp_path):
+    config = transformers.ResNetConfig(depths=[1, 1], hidden_sizes=[64, 128])
+    randomise(transformers.ResNetModel(config)).save_pretrained(tmp_path)
+    model = mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True)
+    assert model(mx.zeros((1, 32, 32, 3))).shape == (1, 128)
+
+
+def test_the_preprocessing_of_a_transformers_repository(tmp_path):
+    config = transformers.ResNetConfig(depths=[1, 1], hidden_sizes=[64, 128], num_labels=3)
+    original = randomise(transformers.ResNetForImageClassification(config))
+    original.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": 224, "crop_pct": 0.875, "resample": 3, "image_mean": [0.5] * 3})
+    )
+    model = mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True)
+    how = model.checkpoint.preprocessing
+    assert (how.size, how.resize, how.interpolation, how.mean) == (224, 256, "bicubic", (0.5,) * 3)
+    picture = np.zeros((300, 400, 3), np.uint8)
+    answers = mlx_zoo.pipeline("image-classification", model)(picture)
+    assert [a["label"] for a in answers] != []
+
+
+def test_an_untied_body_needs_no_equal_twins(tmp_path):
+    bert_folder(tmp_path, "BertForMaskedLM", tie_word_embeddings=False)
+    for task in (None, "fill-mask"):
+        proven(mlx_zoo.load(f"local-dir:{tmp_path}", True, task=task))
+
+
+def test_a_fresh_head_has_none_of_the_old_ones_labels(tmp_path):
+    model = mlx_zoo.load(DIGITS, True, num_classes=12)
+    assert not model.checkpoint.labels
+    assert not model.checkpoint.accuracy
+    answers = mlx_zoo.pipeline("image-classification", model)(np.zeros((8, 8), np.uint8), top_k=12)
+    assert {answer["label"] for answer in answers} == {f"LABEL_{i}" for i in range(12)}
+    with pytest.raises(ValueError, match="no head"):
+        mlx_zoo.pipeline("image-classification", DIGITS, num_classes=0)
+
+
+def test_a_fresh_pooler_comes_with_a_fresh_head(tmp_path):
+    bert_folder(tmp_path, "BertForMaskedLM")
+    model = mlx_zoo.load(
+        f"local-dir:{tmp_path}", True, task="text-classification", num_classes=4, dtype="float16"
+    )
+    assert model(mx.array([[1, 2]])).shape == (1, 4)
+    assert model.pooler.weight.dtype == model.classifier.weight.dtype == mx.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {"act": "foo"}),
+        ("resnet18", {"block": "foo"}),
+        ("resnet18", {"depths": 3}),
+        ("resnet18", {"depths": "abcd"}),
+        ("resnet18", {"base_width": 0}),
+        ("resnet18", {"depths": (10**8, 1, 1, 1)}),
+        ("resnet18", {"num_classes": 10**12}),
+        ("bert_base", {"dims": "x"}),
+        ("bert_base", {"num_heads": 0}),
+        ("bert_base", {"num_layers": 10**8}),
+        ("bert_base", {"norm_eps": float("nan")}),
+        ("bert_base", {"causal": "no"}),
+        ("bert_base", {"pooling": ("foo",)}),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_network_are_refused(name, options):
+    with pytest.raises(ValueError, match=next(iter(options)).replace("base_width", "width")):
+        mlx_zoo.load(name, **options)
 
 
 # --------------------------------------------------------------------------- malformed weights
@@ -835,7 +956,7 @@ def test_rows_40_and_41_wrong_inputs_of_a_loaded_network(tmp_path):
         model(mx.zeros((2, 32, 32, 1), mx.uint8))
     bert_folder(tmp_path)
     model = mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True)
-    for ids, message in (([[99]], "99"), ([[0] * 41], "41 tokens"), ([[]], "empty")):
+    for ids, message in (([[99]], "99"), ([[0] * 41], "41 tokens"), ([[]], "N > 0")):
         with pytest.raises(ValueError, match=message):
             model(mx.array(ids))
 
@@ -975,8 +1096,9 @@ def test_a_converted_folder_takes_the_arguments_of_load(tmp_path, caplog):
         f"local-dir:{tmp_path / 'original'}", tmp_path / "out", task="fill-mask"
     )
     name = f"local-dir:{folder}"
-    model = mlx_zoo.load(name, pretrained=True)
-    assert model.config.task == "fill-mask"
+    assert mlx_zoo.load(name, pretrained=True).config.task is None  # as of any other source
+    model = mlx_zoo.load(name, pretrained=True, task="fill-mask")
+    same(model, mlx_zoo.load(f"local-dir:{tmp_path / 'original'}", True, task="fill-mask"))
     assert mlx_zoo.load(name, pretrained=True, dropout=0.7).config.dropout == 0.7
     half = mlx_zoo.load(name, pretrained=True, dtype="float16")
     assert half.norm.weight.dtype == mx.float16

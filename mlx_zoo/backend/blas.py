@@ -104,11 +104,6 @@ def load_fast_blas() -> Blas:
     return _built_in("no fast BLAS was found")
 
 
-def current() -> Blas:
-    """The BLAS in use; it is loaded now if that has not happened yet."""
-    return load_fast_blas()
-
-
 def measure_gflops(n: int = 1024) -> float:
     """Billions of float32 operations a second of an (n, n) matrix product on the CPU, best of 5."""
     import time

@@ -5,9 +5,14 @@
         manifest.json        what the key was made of; source, revision, hashes, versions
         verification.json    the latest verification, once there is one
 
+    <root>/quarantine/       entries that could not be used
+    <root>/downloads/        files that came from an https address (`download`)
+    <root>/pins/             what was learnt about repositories (`pins`)
+
 An entry appears by one rename of its folder, so a conversion that is killed leaves nothing that a
-later run could take for whole. Its hash is checked before it is trusted. An attacker who can
-rewrite both files with the user's rights is out of scope.
+later run could take for whole. Its hash is checked before it is trusted. Any number of processes
+and threads may use a cache at once. An attacker who can rewrite both files with the user's rights
+is out of scope.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ log = logging.getLogger("mlx_zoo")
 
 FORMAT = 1  # of an entry; raised whenever a conversion yields other bytes for the same spec
 WEIGHTS, MANIFEST, VERIFICATION = "model.safetensors", "manifest.json", "verification.json"
-STALE = 24 * 3600  # seconds after which a working folder belongs to a process that was killed
+DAY = 24 * 3600  # seconds
+STALE = DAY  # longer than any work takes: what is older was left by a process that was killed
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,15 @@ class Entry:
         """The latest verification of these weights, if any."""
         try:
             found = json.loads((self.path / VERIFICATION).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        files = (self.path / name for name in (WEIGHTS, MANIFEST, VERIFICATION))
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -92,7 +99,7 @@ def sha256_of(path: Path) -> str:
 
 
 def find(root: Path, name: str, key: str) -> Entry | None:
-    """The whole and unchanged entry of that key, or None. A damaged one is set aside."""
+    """The whole and unchanged entry of that key, or None. Any other is set aside."""
     path = _folder(root, name, key)
     if not path.is_dir():
         return None
@@ -108,8 +115,14 @@ def find(root: Path, name: str, key: str) -> Entry | None:
 
 
 def read_entry(path: Path) -> Entry:
-    """The entry in a folder, its manifest read, its weights not yet checked."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    """The entry in a folder, its manifest read, its weights not yet checked.
+
+    Raises OSError where there is no manifest, ValueError where it is something else.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"the manifest is no manifest: {error}") from error
     if not isinstance(manifest, dict):
         raise ValueError("the manifest is not an object")
     return Entry(path, manifest)
@@ -145,18 +158,18 @@ def read_weights(entry: Entry) -> dict[str, mx.array]:
 def store(
     root: Path, name: str, key: str, weights: Mapping[str, mx.array], manifest: Mapping[str, Any]
 ) -> Entry:
-    """Write an entry. Where another process was faster, its entry is returned.
+    """Write an entry. Where another process or thread was faster, its entry is returned.
 
     Raises OSError where the disk is full or cannot be written; nothing is left behind then.
     """
     path = _folder(root, name, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    sweep(path.parent, ".partial-*")
     work = working_folder(path.parent)
     try:
         manifest = write_folder(work, weights, {"key": key, **manifest})
-        for file in work.iterdir():
-            _flush(file)
+        for written in (*work.iterdir(), work):
+            _flush(written)
         try:
             work.rename(path)
         except OSError:
@@ -212,9 +225,14 @@ def save(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str
 def stamp(entry: Entry, verification: Mapping[str, Any]) -> None:
     """Keep the result of a verification beside the weights it speaks of."""
     text = json.dumps({"sha256": entry.manifest["sha256"], **verification}, indent=2) + "\n"
-    work = entry.path / f".{VERIFICATION}-{os.getpid()}"
-    work.write_text(text, encoding="utf-8")
-    work.replace(entry.path / VERIFICATION)
+    sweep(entry.path, ".*.part")
+    part = entry.path / f".{uuid.uuid4().hex}.part"
+    try:
+        part.write_text(text, encoding="utf-8")
+        _flush(part)
+        part.replace(entry.path / VERIFICATION)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def entries(root: Path) -> Iterator[Entry]:
@@ -228,20 +246,68 @@ def entries(root: Path) -> Iterator[Entry]:
             log.warning("%s: the manifest cannot be read; `mlx-zoo cache prune` removes it", path)
 
 
+def downloads(root: Path) -> list[tuple[Path, int]]:
+    """The finished files behind https addresses, by name, each with its bytes on disk."""
+    found = []
+    for path in sorted((root / "downloads").glob("[!.]*")):
+        try:
+            found.append((path, path.stat().st_size))
+        except FileNotFoundError:  # removed just now
+            continue
+    return found
+
+
 def prune(root: Path, keep_days: float | None = None) -> list[Path]:
-    """Remove what was set aside, unfinished or unreadable; with `keep_days`, older entries too."""
-    now = time.time()
-    removed = []
-    for path in [*(root / "quarantine").glob("*/"), *(root / "weights").glob("*/")]:
-        unfinished = path.name.startswith(".partial-")
-        if path.parent.name == "quarantine" or not _is_readable(path):
-            old = not unfinished or now - path.stat().st_mtime > STALE
-        else:
-            old = keep_days is not None and now - path.stat().st_mtime > keep_days * 24 * 3600
-        if old:
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
+    """Remove what was set aside, unfinished or unreadable; the paths that are gone are returned.
+
+    With `keep_days`, entries and downloads that are older go too; 0 removes all of them. A download
+    is needed again only for another conversion of the same file.
+    """
+    entries = [p for p in (root / "weights").glob("*/") if not p.name.startswith(".partial-")]
+    kept = [path for path in entries if _is_readable(path)]
+    doomed = [*(root / "quarantine").glob("*/"), *(p for p in entries if p not in kept)]
+    if keep_days is not None:
+        kept += [path for path, _ in downloads(root)]
+        doomed += [path for path in kept if _age(path) >= keep_days * DAY]
+    removed = [path for path in doomed if _remove(path)]
+    for folder, pattern in (
+        ("weights", ".partial-*"),
+        ("downloads", ".*.part"),
+        ("pins", ".*.part"),
+    ):
+        removed += sweep(root / folder, pattern)
     return removed
+
+
+def sweep(folder: Path, pattern: str) -> list[Path]:
+    """Remove the files and folders of a pattern that processes left when they were killed.
+
+    Others may finish or sweep the same just now: what is gone is no error.
+    """
+    return [path for path in folder.glob(pattern) if _age(path) > STALE and _remove(path)]
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was written; 0 where it is gone, or of the future."""
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return 0.0
+
+
+def _remove(path: Path) -> bool:
+    """Whether the file or folder is gone now; the log says why it is not."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:  # another process was faster
+        return True
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path, error)
+        return False
+    return True
 
 
 def _is_readable(path: Path) -> bool:
@@ -268,25 +334,17 @@ def _folder(root: Path, name: str, key: str) -> Path:
     return root / "weights" / f"{plain.lstrip('.')}-{key[:16]}"
 
 
-def quarantine(root: Path, path: Path, error: Exception) -> None:
-    """Set a damaged entry aside, with a warning in the log."""
+def quarantine(root: Path, path: Path, reason: Exception | str) -> None:
+    """Set an entry that cannot be used aside: damaged, or of another release. The log says why."""
     aside = root / "quarantine" / f"{path.name}-{time.time_ns()}"
-    log.warning("%s is damaged (%s); it is set aside and converted again", path, error)
+    log.warning("%s cannot be used (%s); it is set aside and converted again", path, reason)
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         path.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return
     except OSError as failure:
         log.warning("%s cannot be set aside: %s", path, failure)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the working folders of conversions that were killed long ago."""
-    for path in folder.glob(".partial-*"):
-        try:
-            if time.time() - path.stat().st_mtime > STALE:
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue
 
 
 def _flush(path: Path) -> None:
@@ -297,5 +355,8 @@ def _flush(path: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # a network's file system may not know how to flush a folder
+            raise
     finally:
         os.close(descriptor)

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +21,10 @@ from urllib.parse import unquote, urlsplit
 from mlx_zoo.errors import DownloadError, IntegrityError
 from mlx_zoo.hub.answers import check_space, discard, placeholder
 from mlx_zoo.hub.asking import TIMEOUT, Truncated, ask, is_offline, kinds, not_cached
-from mlx_zoo.hub.cache import cache_root, sha256_of
+from mlx_zoo.hub.cache import cache_root, sha256_of, sweep
 from mlx_zoo.hub.source import UrlSource, is_permitted
 
 MAX_REDIRECTS = 5
-STALE = 24 * 3600  # seconds; longer than any download that is still under way
 
 log = logging.getLogger("mlx_zoo")
 
@@ -53,7 +51,7 @@ def download(source: UrlSource, cache_dir: Path | None, local_files_only: bool) 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DownloadError(f"{folder} cannot be made: {error}") from error
-    _delete_stale_parts(folder)
+    sweep(folder, ".*.part")
     part = folder / f".{uuid.uuid4().hex}.part"
     try:
         for _ in range(2):
@@ -68,13 +66,6 @@ def download(source: UrlSource, cache_dir: Path | None, local_files_only: bool) 
         "was kept. Either a proxy alters the file or its publisher has replaced it: compare the "
         "hash with the one the publisher states"
     )
-
-
-def _delete_stale_parts(folder: Path) -> None:
-    """What killed processes left."""
-    for part in folder.glob(".*.part"):
-        if part.stat().st_mtime < time.time() - STALE:
-            part.unlink(missing_ok=True)
 
 
 def _stream(url: str, part: Path) -> str:

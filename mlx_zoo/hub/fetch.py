@@ -63,7 +63,6 @@ def fetch_files(
     optional: Iterable[str] = (),
     cache_dir: Path | None = None,
     local_files_only: bool = False,
-    revision: str | None = None,
 ) -> Fetched:
     """Fetch `names`, all of them required, and those of `optional` that the source has.
 
@@ -74,17 +73,16 @@ def fetch_files(
         IntegrityError: the bytes do not have the promised hash.
         CheckpointError: a local file is a git-lfs pointer or a web page.
         OSError: the disk is full.
-        ValueError: a name that is not a plain relative path, or a revision of a local source.
+        ValueError: a name that is not a plain relative path.
     """
     required, wished = tuple(names), tuple(optional)
     for name in (*required, *wished):
         _check_name(name)
     if isinstance(source, HubSource):
-        repository = open_repository(source, cache_dir, local_files_only, revision)
+        repository = open_repository(source, cache_dir, local_files_only)
         commit = repository.resolve()
         present = [name for name in wished if repository.has(commit, name)]
         return _fetch_from_hub(repository, commit, (*required, *present))
-    _refuse_revision(source, revision)
     present = [name for name in wished if _has(source, name)]
     return _fetch_single(source, (*required, *present), cache_dir, local_files_only)
 
@@ -94,7 +92,6 @@ def fetch_weights(
     *,
     cache_dir: Path | None = None,
     local_files_only: bool = False,
-    revision: str | None = None,
 ) -> Fetched:
     """Fetch the weights: safetensors before pickles, a whole file before an index and its shards.
 
@@ -103,12 +100,11 @@ def fetch_weights(
     CheckpointError for an index that cannot be read.
     """
     if isinstance(source, HubSource):
-        repository = open_repository(source, cache_dir, local_files_only, revision)
+        repository = open_repository(source, cache_dir, local_files_only)
         commit = repository.resolve()
         first = _choose_weights(repository.files_at_hand(commit, WEIGHT_FILES), source)
         fetched = _fetch_from_hub(repository, commit, (first,))
         return _join(fetched, _fetch_from_hub(repository, commit, _shards(fetched)))
-    _refuse_revision(source, revision)
     if isinstance(source, DirectorySource):
         first = _choose_weights([name for name in WEIGHT_FILES if _has(source, name)], source)
     else:
@@ -195,8 +191,3 @@ def _check_name(name: str) -> None:
     steps = any(part in ("", ".", "..") for part in name.split("/"))
     if steps or any(character in name for character in "\\:\0"):
         raise ValueError(f"{name!r} is not the name of a file inside a repository")
-
-
-def _refuse_revision(source: _SingleSource, revision: str | None) -> None:
-    if revision is not None:
-        raise ValueError(f"{source} has no revisions: leave out revision={revision!r}")

@@ -81,8 +81,8 @@ class Pins:
             return {"revisions": revisions, "commits": commits}
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s is not used: %s", self.path, error)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+            log.warning("%s is not used: %s", self.path, e)
         return {"revisions": {}, "commits": {}}
 
     def _write(self, pins: dict[str, dict[str, Any]]) -> None:

@@ -38,29 +38,25 @@ _T = TypeVar("_T")
 
 
 def resolve_revision(
-    source: HubSource,
-    *,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    revision: str | None = None,
+    source: HubSource, *, cache_dir: Path | None = None, local_files_only: bool = False
 ) -> str:
     """The commit that `source` stands for: as pinned, else as the hub says now, which pins it.
 
-    A revision that is given (here or in the source) is asked for again, and pinned anew; when the
-    hub cannot be reached, its last pin is used. Raises as `fetch.fetch_files` does.
+    A revision that the source names is asked for again, and pinned anew; when the hub cannot be
+    reached, its last pin is used. Raises as `fetch.fetch_files` does.
     """
-    return open_repository(source, cache_dir, local_files_only, revision).resolve()
+    return open_repository(source, cache_dir, local_files_only).resolve()
 
 
 def open_repository(
-    source: HubSource, cache_dir: Path | None, local_files_only: bool, revision: str | None
+    source: HubSource, cache_dir: Path | None, local_files_only: bool
 ) -> Repository:
-    """The repository of `source`, at `revision` if that is given. Asks nothing yet."""
+    """The repository of `source`, at its revision. Asks nothing yet."""
     from huggingface_hub import constants
 
     root = cache_root(cache_dir)
     return Repository(
-        source=replace(source, revision=revision or source.revision),
+        source=source,
         # Read now and handed to every call: the client itself reads it once, at import.
         endpoint=(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"),
         cache=Path(constants.HF_HUB_CACHE) if cache_dir is None else root / "hub",

@@ -47,7 +47,10 @@ class HubSource:
 
 @dataclass(frozen=True)
 class DirectorySource:
-    """A local folder with a checkpoint and, for a self-contained one, its config.json."""
+    """A local folder with a checkpoint and, for a self-contained one, its config.json.
+
+    `path` is absolute where `parse_source` made it.
+    """
 
     path: Path
 
@@ -57,15 +60,12 @@ class DirectorySource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """A local checkpoint file."""
+    """A local checkpoint file. `path` is absolute where `parse_source` made it."""
 
     path: Path
 
     def __str__(self) -> str:
-        text = str(self.path)
-        # A bare word would read as a registry name.
-        plain = os.sep not in text and not text.endswith(CHECKPOINT_SUFFIXES)
-        return f".{os.sep}{text}" if plain else text
+        return str(self.path)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def parse_source(text: str | os.PathLike[str], revision: str | None = None) -> S
 
     Args:
         text: `hf-hub:org/name[@revision]`, `org/name[@revision]`, `local-dir:path`, the path of a
-            checkpoint, or an https URL with its hash. A `Path` is always local.
+            checkpoint, or an https URL with its hash. A `Path` is always local. A local path holds
+            from then on, whatever directory the process changes to.
         revision: branch, tag or commit, for a hub repository alone.
 
     Returns:
@@ -154,20 +155,21 @@ def _looks_local(text: str) -> bool:
 
 def _local(path: Path) -> FileSource | DirectorySource:
     if path.is_dir():
-        return DirectorySource(path)
+        return DirectorySource(path.resolve())
     if not path.is_file():
         raise DownloadError(
             f"{path}: no such file or folder (looked in {Path.cwd()}); "
             "a hub repository is written hf-hub:org/name"
         )
-    return FileSource(path)
+    # A link keeps its own name, and its shards lie beside it: a hub's cache is made of links.
+    return FileSource(path.parent.resolve() / path.name)
 
 
 def _directory(text: str) -> DirectorySource:
     path = Path(text).expanduser()
     if not text or not path.is_dir():
         raise DownloadError(f"local-dir:{text}: no such folder (looked in {Path.cwd()})")
-    return DirectorySource(path)
+    return DirectorySource(path.resolve())
 
 
 def _url(text: str) -> UrlSource:

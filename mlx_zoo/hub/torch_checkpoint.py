@@ -43,23 +43,18 @@ PREFIXES = ("module.", "_orig_mod.")
 INERT = {"_metadata"}
 
 
-def read_torch(path: Path) -> dict[str, mx.array]:
+def read_tensors(path: Path) -> dict[str, mx.array]:
     """Read the state dict in the PyTorch checkpoint at `path`: names to arrays, bit for bit.
 
-    Nested training checkpoints are unwrapped (see `unwrap`) and prefixes that every name has are
-    stripped (see `strip_prefixes`). Tensors that are one view of one storage are one array; tensors
-    of a training checkpoint that are not in its state dict are not read. Needs memory for the
-    tensors and one storage more.
+    Nested training checkpoints are unwrapped (see `unwrap`). The names are as they are in the file:
+    whether all have a prefix, only all shards together say (see `strip_prefixes`). Tensors that are
+    one view of one storage are one array; tensors of a training checkpoint that are not in its
+    state dict are not read. Needs memory for the tensors and one storage more.
 
     Raises UnsafeCheckpoint for a pickle that asks for anything but tensors, naming it;
     UnsupportedFormat for TorchScript, tar-era and big-endian files, saying how to convert them;
     IntegrityError for a wrong checksum; CheckpointError for all else that is malformed.
     """
-    return strip_prefixes(read_tensors(path))
-
-
-def read_tensors(path: Path) -> dict[str, mx.array]:
-    """`read_torch` with the names as they are in the file: a shard shows a part of them only."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, io.SEEK_END)

@@ -80,8 +80,6 @@ def to_mlx(state_dict: StateDict, model: nn.Module, spec: Spec) -> dict[str, mx.
     """
     table = links(model, spec)
     tensors, problems = _cover(state_dict, table, spec)
-    for source in _unequal_twins(state_dict, spec):
-        problems.append(f"{source} differs from {_twin(source, spec)}, to which it is tied")
     if problems:
         raise MappingError("this checkpoint does not fit the network", tuple(problems))
     doubles = [source for source, x in tensors.items() if x.dtype == mx.float64]
@@ -107,7 +105,7 @@ def to_torch(weights: StateDict, model: nn.Module, spec: Spec) -> dict[str, mx.a
 
 
 def mismatches(state_dict: StateDict, model: nn.Module, spec: Spec) -> tuple[str, ...]:
-    """What keeps `spec` from covering a state dict: names, shapes, types. () if nothing does."""
+    """What keeps `spec` from covering a state dict; () if nothing does."""
     return tuple(_cover(state_dict, links(model, spec), spec)[1])
 
 
@@ -282,6 +280,8 @@ def _cover(
             for what in _misfits(present[source], link):
                 misfits[what].append(source)
     problems += [f"{names} {what}" for what, found in misfits.items() for names in collapse(found)]
+    for source in _unequal_twins(present, spec):
+        problems.append(f"{source} differs from {_twin(source, spec)}, to which it is tied")
     return {s: x for s, x in present.items() if s in expected}, problems
 
 
@@ -318,13 +318,12 @@ def _misfits(x: mx.array, link: Link) -> Iterator[str]:
     yield f"has shape {shape}, the network needs {wanted}: {cause}"
 
 
-def _unequal_twins(state_dict: StateDict, spec: Spec) -> Iterator[str]:
-    """Tied tensors of the file that are not equal to their twins; NaNs are alike."""
-    names = _strip(state_dict, spec)
-    for source, (name, *_) in names.items():
+def _unequal_twins(present: StateDict, spec: Spec) -> Iterator[str]:
+    """Tied tensors that are not equal to their twins; NaNs are alike."""
+    for source, a in present.items():
         twin = _twin(source, spec)
-        if twin in names:
-            a, b = state_dict[name], state_dict[names[twin][0]]
+        if twin is not None and twin in present:
+            b = present[twin]
             if a.shape != b.shape or not mx.array_equal(a, b, equal_nan=True, stream=mx.cpu).item():
                 yield source
 

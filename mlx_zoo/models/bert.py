@@ -17,6 +17,8 @@ from mlx_zoo.models.layers import (
     MLP,
     Attention,
     as_array,
+    check_choice,
+    check_count,
     check_range,
     check_same_shape,
     check_tokens,
@@ -35,6 +37,8 @@ HEADS: dict[str | None, tuple[str, ...]] = {
     "question-answering": ("qa_outputs",),
 }
 POOLED = {"next-sentence-prediction", "pretraining", "text-classification", "multiple-choice"}
+# How many outputs a head has, where the task says it. The two classifications count their labels.
+FIXED_SIZES = {"next-sentence-prediction": 2, "question-answering": 2, "multiple-choice": 1}
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")
 
 
@@ -79,8 +83,18 @@ class BertConfig:
         if self.task not in HEADS:
             tasks = ", ".join(task for task in HEADS if task)
             raise ValueError(f"task={self.task!r}: BERT has {tasks}")
+        for name in ("vocab_size", "dims", "num_heads", "mlp_dims", "max_positions"):
+            check_count(name, getattr(self, name), 1)
+        check_count("num_layers", self.num_layers, 1, most=1000)
+        check_count("type_vocab_size", self.type_vocab_size, 1)
+        check_count("num_classes", self.num_classes)
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps={self.norm_eps}: a small number above 0 is needed")
         if self.dims % self.num_heads:
             raise ValueError(f"{self.dims} dims do not divide among {self.num_heads} heads")
+        check_choice("act", self.act, ACTIVATIONS)
+        for mode in self.pooling:
+            check_choice("pooling", mode, POOLINGS)
 
 
 BERTS = {
@@ -241,12 +255,13 @@ class Bert(nn.Module):
     def embed(self, x: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         """Token vectors (B, N, D) -> sentence vectors, as sentence-transformers pools them."""
         seen = mx.ones(x.shape[:2]) if attention_mask is None else attention_mask
+        dtype, x = x.dtype, x.astype(mx.float32)  # sums and norms leave the range of half precision
         x = mx.concatenate([pool_tokens(x, seen, mode) for mode in self.config.pooling], axis=-1)
         for linear, dense in zip(self.dense, self.config.dense, strict=True):
             x = ACTIVATIONS[dense.act](linear(x))
         if self.config.normalize:
             x = x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        return x
+        return x.astype(dtype)
 
     def reset_head(self, num_classes: int | None = None, task: str | None = None) -> None:
         """A fresh head for `task` (the present one where None).
@@ -257,40 +272,34 @@ class Bert(nn.Module):
         config = replace(self.config, task=task)  # refuses an unknown task
         if num_classes is not None:
             config = replace(config, num_classes=num_classes)
+        if task in POOLED and "pooler" not in self:  # as fresh as the head
+            self.pooler = nn.Linear(config.dims, config.dims)
+            config = replace(config, pooler=True)
+        if task not in POOLED | {None} and self.pop("pooler", None):
+            config = replace(config, pooler=False)
         for name in {name for names in HEADS.values() for name in names}:
             self.pop(name, None)
         self.config = config
         p = config.dropout if config.classifier_dropout is None else config.classifier_dropout
         self.head_dropout = nn.Dropout(p)
-        if task in POOLED and not config.pooler:
-            raise ValueError(f"task={task!r} needs the pooler, which this checkpoint lacks")
-        if config.pooler and task not in POOLED | {None}:
-            self.pop("pooler")
-            self.config = replace(config, pooler=False)
         for name in HEADS[task]:
             self[name] = self._head(name)
+        for name in ("pooler", *HEADS[task]):
+            if name in self:
+                self[name].set_dtype(self.norm.weight.dtype)
         self.train(self.training)  # the new layers, too
 
     def _head(self, name: str) -> nn.Module:
         config = self.config
         if name == "mlm":
             return MaskedLM(config)
-        if name == "classifier":
-            many = 1 if config.task == "multiple-choice" else config.num_classes
-            return nn.Linear(config.dims, many)
-        return nn.Linear(config.dims, 2)  # nsp; qa_outputs
+        two = FIXED_SIZES["next-sentence-prediction"]  # also of the pretraining head
+        size = two if name == "nsp" else FIXED_SIZES.get(config.task or "", config.num_classes)
+        return nn.Linear(config.dims, size)
 
 
 def pool_tokens(x: mx.array, seen: mx.array, mode: str) -> mx.array:
-    """Token vectors (B, N, D) -> (B, D). `seen` (B, N) is 1 where a token counts, else 0.
-
-    Sums are taken in float32, whatever the type of `x`.
-    """
-    dtype, x = x.dtype, x.astype(mx.float32)
-    return _pooled(x, seen, mode).astype(dtype)
-
-
-def _pooled(x: mx.array, seen: mx.array, mode: str) -> mx.array:
+    """Token vectors (B, N, D) -> (B, D). `seen` (B, N) is 1 where a token counts, else 0."""
     weights = (seen != 0).astype(x.dtype)[..., None]  # (B, N, 1)
     match mode:
         case "cls":
@@ -308,4 +317,4 @@ def _pooled(x: mx.array, seen: mx.array, mode: str) -> mx.array:
         case "lasttoken":
             last = x.shape[1] - 1 - (seen != 0)[:, ::-1].argmax(axis=1)
             return mx.take_along_axis(x * weights, last[:, None, None], axis=1)[:, 0]
-    raise ValueError(f"pooling {mode!r}: one of {', '.join(POOLINGS)} is needed")
+    raise ValueError(f"pooling={mode!r}: one of {', '.join(POOLINGS)} is needed")

@@ -6,7 +6,7 @@ Letters in shape comments: B batch, H W C image, N tokens, D dims.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -59,12 +59,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dims, dims)
         self.v_proj = nn.Linear(dims, dims)
         self.out_proj = nn.Linear(dims, dims)
+        self.p = dropout
         self.dropout = nn.Dropout(dropout)
 
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
         """`mask` is added to the scores and broadcasts to (B, heads, N, N)."""
         q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.training and self.dropout._p_1 < 1:  # the fused kernel cannot drop weights
+        if self.training and self.p > 0:  # the fused kernel cannot drop weights
             scores = self.scale * q @ k.swapaxes(-1, -2)
             weights = mx.softmax(scores if mask is None else scores + mask, axis=-1)
             y = self.dropout(weights) @ v
@@ -88,6 +89,18 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.act(self.fc1(x)))
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in (choices := list(choices)):
+        raise ValueError(f"{name}={value!r}: one of {', '.join(choices)} is needed")
+
+
+def check_count(name: str, value: int, least: int = 0, most: int = 2**28) -> None:
+    """Raise ValueError unless `value` is a whole number from `least` to `most`."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}={value!r}: a whole number from {least} to {most} is needed")
 
 
 def other_channels(weight: mx.array, in_chans: int) -> mx.array:
@@ -118,7 +131,7 @@ def as_images(x: Any, channels: int) -> mx.array:
         )
     if x.shape[-1] != channels:
         raise ValueError(
-            f"images of shape {shape} have {x.shape[-1]} channels, this network takes {channels}; "
+            f"images of shape {shape}: this network takes {channels} channels, not {x.shape[-1]}; "
             "load it with in_chans= for another number"
         )
     if 0 in shape:
@@ -138,7 +151,7 @@ def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> No
     """
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"input_ids of shape {shape}: a batch (B, N) is needed, neither empty")
+        raise ValueError(f"input_ids of shape {shape}: a batch (B, N) with B, N > 0 is needed")
     if not mx.issubdtype(input_ids.dtype, mx.integer):
         kind = str(input_ids.dtype).split(".")[-1]
         raise ValueError(f"input_ids of type {kind}: integers are needed")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zoo.models.layers import ACTIVATIONS, as_images, other_channels
+from mlx_zoo.models.layers import ACTIVATIONS, as_images, check_choice, check_count, other_channels
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,18 @@ class ResNetConfig:
     first_stride: int = 1  # of the first stage
     num_classes: int = 1000  # 0 leaves the head out
     in_chans: int = 3
+
+    def __post_init__(self):
+        check_choice("block", self.block, ("basic", "bottleneck"))
+        check_choice("act", self.act, ACTIVATIONS)
+        check_choice("inner_act", self.inner_act, ACTIVATIONS)
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise ValueError(f"depths={self.depths} and widths={self.widths}: one of each a stage")
+        for depth in self.depths:
+            check_count("depths", depth, 1, most=1000)
+        for width in (*self.widths, self.stem_width, self.groups, self.base_width, self.in_chans):
+            check_count("a width", width, 1, most=2**20)
+        check_count("num_classes", self.num_classes)
 
 
 def resnext(depths: tuple[int, ...], groups: int, base_width: int) -> ResNetConfig:
@@ -175,6 +187,7 @@ class ResNet(nn.Module):
         self.pop("fc", None)
         if num_classes:
             self.fc = nn.Linear(self.num_features, num_classes)
+            self.fc.set_dtype(self.conv1.weight.dtype)
 
     def reset_input(self, in_chans: int) -> None:
         """Adapt the first convolution to images of `in_chans` channels, keeping what it learnt."""

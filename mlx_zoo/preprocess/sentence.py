@@ -6,13 +6,13 @@ sentence-transformers 6.2, and of the older releases whose files it still loads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlx_zoo.errors import CheckpointError, UnsupportedConfig
+from mlx_zoo.preprocess.files import read_optional_json
 
 # The Transformer module's own file; the first that is present and not empty counts.
 TRANSFORMER_CONFIGS = (
@@ -128,9 +128,8 @@ def read_sentence_config(files: Mapping[str, Path]) -> SentenceConfig:
                 raise UnsupportedConfig("modules.json: a Dense after a Normalize")
             dense.append(_dense(files, folder))
         elif kind == "Normalize":
-            _require_sentence_embedding(
-                read_json(files, f"{folder}/config.json", dict), f"{folder}/config.json"
-            )
+            name = f"{folder}/config.json"
+            _require_sentence_embedding(read_optional_json(files, name), name)
             normalize = True
         elif kind != "Dropout":  # the identity outside of training
             raise UnsupportedConfig(f"modules.json: a second {kind}")
@@ -152,7 +151,7 @@ def read_transformer_options(files: Mapping[str, Path]) -> tuple[int | None, boo
     """(max_seq_length, do_lower_case) of sentence_bert_config.json; (None, False) without it."""
     name, config = TRANSFORMER_CONFIGS[0], {}
     for name in TRANSFORMER_CONFIGS:
-        if config := read_json(files, name, dict):
+        if config := read_optional_json(files, name):
             break
     config = dict(config)
     max_seq_length = config.pop("max_seq_length", None)
@@ -171,28 +170,12 @@ def read_transformer_options(files: Mapping[str, Path]) -> tuple[int | None, boo
     return max_seq_length, bool(do_lower_case)
 
 
-def read_json(files: Mapping[str, Path], name: str, kind: type) -> Any:
-    """The parsed file `name`, which holds a `kind` (dict or list); an empty one if it is absent.
-
-    Raises CheckpointError, naming the file, if it is not JSON or holds something else.
-    """
-    if name not in files:
-        return kind()
-    try:
-        value = json.loads(Path(files[name]).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{name} is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise CheckpointError(f"{name} holds a {type(value).__name__} instead of a {kind.__name__}")
-    return value
-
-
 def _modules(files: Mapping[str, Path]) -> list[tuple[str, str]]:
     """(kind, folder) of each module, in order. Every type that is not listed here is refused."""
     if "modules.json" not in files:
         raise CheckpointError("not a sentence-transformers repository: it has no modules.json")
     modules = []
-    for entry in read_json(files, "modules.json", list):
+    for entry in read_optional_json(files, "modules.json", list):
         if not isinstance(entry, dict) or not all(
             isinstance(entry.get(key), str) for key in ("type", "path")
         ):
@@ -228,7 +211,7 @@ def _folder(path: str, kind: str) -> str:
 def _pooling(files: Mapping[str, Path], folder: str) -> tuple[tuple[str, ...], bool]:
     """(modes, include_prompt)."""
     name = f"{folder}/config.json"
-    config = dict(read_json(files, name, dict))
+    config = dict(read_optional_json(files, name))
     if not config:
         raise CheckpointError(f"{name} is missing or empty")
     for key in ("embedding_dimension", "word_embedding_dimension"):
@@ -253,7 +236,7 @@ def _pooling(files: Mapping[str, Path], folder: str) -> tuple[tuple[str, ...], b
 
 def _dense(files: Mapping[str, Path], folder: str) -> DenseConfig:
     name = f"{folder}/config.json"
-    config = read_json(files, name, dict)
+    config = read_optional_json(files, name)
     for key in ("in_features", "out_features"):
         if not _is_size(config.get(key)):
             raise CheckpointError(f"{name}: {key} = {config.get(key)!r} is not a size")
@@ -284,7 +267,7 @@ def _require_sentence_embedding(config: dict[str, Any], name: str) -> None:
 def _prompts(files: Mapping[str, Path]) -> tuple[dict[str, str], str | None]:
     """(prompts, default_prompt_name); "query" and "document" always exist, empty by default."""
     name = "config_sentence_transformers.json"
-    config = read_json(files, name, dict)
+    config = read_optional_json(files, name)
     model_type = config.get("model_type", "SentenceTransformer")
     if model_type != "SentenceTransformer":
         raise UnsupportedConfig(f"{name}: model_type = {model_type!r} is not implemented")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_zoo.errors import CheckpointError, UnsupportedFormat
-from mlx_zoo.preprocess.sentence import read_json, read_transformer_options
+from mlx_zoo.preprocess.files import read_optional_json
+from mlx_zoo.preprocess.sentence import read_transformer_options
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -99,8 +100,8 @@ class Tokenizer:
         Raises UnsupportedFormat where there is no file of a kind that is read here, and
         CheckpointError for a malformed one.
         """
-        config = read_json(files, "tokenizer_config.json", dict)
-        model_config = read_json(files, "config.json", dict)
+        config = read_optional_json(files, "tokenizer_config.json")
+        model_config = read_optional_json(files, "config.json")
         max_seq_length, do_lower_case = read_transformer_options(files)
 
         class_name = config.get("tokenizer_class") or model_config.get("tokenizer_class")
@@ -339,7 +340,7 @@ def _named_tokens(
     values: dict[str, Any] = dict(BERT_TOKENS) if class_name in BERT_CLASSES else {}
     values |= {role: config[role] for role in ROLES if role in config}
     if "added_tokens_decoder" not in config:
-        special_map = read_json(files, "special_tokens_map.json", dict)
+        special_map = read_optional_json(files, "special_tokens_map.json")
         values |= {role: special_map[role] for role in ROLES if role in special_map}
     return {role: _added_token(value, special=True) for role, value in values.items() if value}
 
@@ -348,7 +349,7 @@ def _extra_tokens(files: Mapping[str, Path], config: Mapping[str, Any]) -> list:
     """Special tokens without a role, in either file and under either name."""
     sources = [config]
     if "added_tokens_decoder" not in config:
-        sources.append(read_json(files, "special_tokens_map.json", dict))
+        sources.append(read_optional_json(files, "special_tokens_map.json"))
     extra = []
     for source in sources:
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -373,7 +374,7 @@ def _declared_tokens(
                 "tokenizer_config.json: added_tokens_decoder is not ids to tokens"
             )
         return {int(index): _added_token(value) for index, value in declared.items()}
-    added = read_json(files, "added_tokens.json", dict)
+    added = read_optional_json(files, "added_tokens.json")
     tokens = {index: _added_token(text) for text, index in added.items()}
     return tokens | backend.get_added_tokens_decoder()
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_zoo.catalogue import Architecture, Checkpoint, Reference, num_labels
+from mlx_zoo.catalogue import Architecture, Checkpoint, Reference, config_from, num_labels
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
-from mlx_zoo.models.bert import BERTS, HEADS, POOLED, Bert, BertConfig, Dense
+from mlx_zoo.models.bert import BERTS, FIXED_SIZES, HEADS, POOLED, Bert, BertConfig, Dense
 from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.preprocess.sentence import read_sentence_config, sentence_files
 
@@ -94,10 +94,27 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "auto_map": ({}, None),  # code of the repository's own
     "attention_window": (None,),
     "embedding_size": (None,),
+}
+
+
+# transformers' name -> ours. Where a config.json is silent, both have the same default.
+ATTRIBUTES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dims",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dims",
+    "max_position_embeddings": "max_positions",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "norm_eps",
+    "hidden_act": "act",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "classifier_dropout": "classifier_dropout",
+    "is_decoder": "causal",
+    "tie_word_embeddings": "tied",
 }
 
 
@@ -106,26 +123,10 @@ def from_transformers(config: Mapping[str, Any]) -> BertConfig:
     for name, allowed in ONLY.items():
         if config.get(name) not in allowed:
             raise UnsupportedConfig(f"{name}={config[name]!r} in config.json is not implemented")
-    act = config.get("hidden_act", "gelu")
-    if act not in ACTIVATIONS:
+    if (act := config.get("hidden_act", "gelu")) not in ACTIVATIONS:
         raise UnsupportedConfig(f"hidden_act={act!r} in config.json is not implemented")
-    return BertConfig(
-        vocab_size=config.get("vocab_size", 30522),
-        dims=config.get("hidden_size", 768),
-        num_layers=config.get("num_hidden_layers", 12),
-        num_heads=config.get("num_attention_heads", 12),
-        mlp_dims=config.get("intermediate_size", 3072),
-        max_positions=config.get("max_position_embeddings", 512),
-        type_vocab_size=config.get("type_vocab_size", 2),
-        norm_eps=config.get("layer_norm_eps", 1e-12),
-        act=act,
-        dropout=config.get("hidden_dropout_prob", 0.1),
-        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
-        classifier_dropout=config.get("classifier_dropout"),
-        causal=config.get("is_decoder", False),
-        tied=config.get("tie_word_embeddings", True),
-        num_classes=num_labels(config),
-    )
+    read = {ours: config[theirs] for theirs, ours in ATTRIBUTES.items() if theirs in config}
+    return config_from(BertConfig, {**read, "num_classes": num_labels(config)})
 
 
 def with_sentence_files(config: BertConfig, files: Mapping[str, Path]) -> BertConfig:
@@ -153,8 +154,15 @@ def keeps_head(checkpoint: Checkpoint, task: str | None, num_classes: int | None
     """
     if "classifier" not in HEADS[task]:
         return True
-    same_size = num_classes in (None, checkpoint.config.num_classes)
-    return checkpoint.task == task and same_size
+    own_size = head_size(replace(checkpoint.config, task=task))
+    return checkpoint.task == task and num_classes in (None, own_size)
+
+
+def head_size(config: BertConfig) -> int | None:
+    """Of the classifications, their labels; of other tasks, what they fix; of the rest, None."""
+    if config.task in ("text-classification", "token-classification"):
+        return config.num_classes
+    return FIXED_SIZES.get(config.task or "")
 
 
 def fit(config: BertConfig, names: frozenset[str]) -> BertConfig:
@@ -227,6 +235,8 @@ ARCHITECTURE = Architecture(
     read_files=with_sentence_files,
     parts=lambda config: {d.folder: f"dense.{i}." for i, d in enumerate(config.dense)},
     keeps_head=keeps_head,
+    head_size=head_size,
+    fixed_sizes=FIXED_SIZES,
     fit=fit,
     without_head=lambda config: replace(config, task=None),
 )

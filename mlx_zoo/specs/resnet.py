@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zoo.catalogue import (
+    DATA,
     Architecture,
     Checkpoint,
     Preprocessing,
@@ -95,8 +96,6 @@ def bundled_digits() -> Checkpoint:
         default=True,
     )
 
-
-DATA = Path(__file__).parent.parent / "data"
 
 CHECKPOINTS = (
     bundled_digits(),

@@ -44,17 +44,23 @@ class ImageClassification:
     """Images -> labels with scores, the best first."""
 
     def __init__(self, model, place: Place, options: dict[str, Any]):
-        self.model = model if isinstance(model, nn.Module) else zoo.load(model, True, **options)
+        if not isinstance(model, nn.Module):
+            model = zoo.load(model, **{"pretrained": True, **options})
+        self.model = model
         if registry.of_model(self.model).inputs != "images":
             raise ValueError("image-classification needs a network that takes images")
         self.checkpoint = self.model.checkpoint
         if self.checkpoint is None or self.checkpoint.preprocessing is None:
             raise ValueError("this network does not say how its images are prepared")
+        if not self.model.config.num_classes:
+            raise ValueError("this network has no head: load it with num_classes=")
 
     def __call__(
         self, images: Any, *, top_k: int = 5, batch_size: int = 32
     ) -> list[list[dict[str, Any]]] | list[dict[str, Any]]:
         """One image (see preprocess.image) -> a list of answers; a sequence of them -> lists."""
+        if top_k < 1 or batch_size < 1:
+            raise ValueError(f"top_k={top_k}, batch_size={batch_size}: at least 1 is needed")
         many = isinstance(images, (list, tuple))
         answers = []
         for batch in batches(images if many else [images], batch_size):
@@ -64,7 +70,9 @@ class ImageClassification:
         return answers if many else answers[0]
 
     def best(self, scores: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        names = self.checkpoint.labels or [f"LABEL_{i}" for i in range(len(scores))]
+        names = self.model.checkpoint.labels
+        if len(names) != len(scores):  # another head than the checkpoint's
+            names = tuple(f"LABEL_{i}" for i in range(len(scores)))
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [{"label": names[i], "score": float(scores[i])} for i in order]
 
@@ -74,9 +82,10 @@ class SentenceEmbedding:
 
     def __init__(self, model, place: Place, options: dict[str, Any]):
         if not isinstance(model, nn.Module):
-            model = zoo.load(model, True, **{"task": "sentence-embedding", **options})
-        if getattr(model.config, "task", None) != "sentence-embedding":
-            raise ValueError("load the network with task='sentence-embedding'")
+            options = {"pretrained": True, "task": "sentence-embedding", **options}
+            model = zoo.load(model, **options)
+        if getattr(model.config, "task", None) != "sentence-embedding" or not model.checkpoint:
+            raise ValueError("load the network with task='sentence-embedding', pretrained=True")
         self.model = model
         files = describe.companions(model.checkpoint, registry.of_model(model), place)
         self.tokenizer = Tokenizer.from_files(files)
@@ -89,9 +98,11 @@ class SentenceEmbedding:
         """(B, D) float32; (D,) for a single text."""
         if isinstance(texts, str):
             return self([texts])[0]
+        if not texts or batch_size < 1:
+            raise ValueError(f"{len(texts)} texts, batch_size={batch_size}: at least 1 of each")
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"texts hold {type(odd[0]).__name__}, where str belongs")
         texts = [self.prompt + text for text in texts]
-        if not texts:
-            raise ValueError("texts is empty")
         # Like lengths together: less padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         rows: dict[int, np.ndarray] = {}

@@ -68,6 +68,7 @@ def verify(
     checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
         raise VerificationError("this network has random weights: there is nothing to compare with")
+    _check_is_the_checkpoints(model)
     modes = [(module, module.training) for module in model.modules()]  # parents first
     model.eval()
     try:
@@ -80,15 +81,31 @@ def verify(
             module.train(training)
 
 
+def _check_is_the_checkpoints(model: nn.Module) -> None:
+    """A fresh head or an adapted input has no original."""
+    architecture, config = registry.of_model(model), model.config
+    task, size = getattr(config, "task", None), architecture.head_size(config)
+    own = model.checkpoint.config
+    if size and not architecture.keeps_head(model.checkpoint, task, size):
+        raise VerificationError("the head of this network is fresh: there is nothing to compare")
+    if getattr(config, "in_chans", None) != getattr(own, "in_chans", None):
+        raise VerificationError(
+            f"this network was adapted to {config.in_chans} channels, its original takes "
+            f"{own.in_chans}: there is nothing to compare"
+        )
+
+
 def _can_run_original(checkpoint) -> bool:
     original = checkpoint.reference
     if original is not None and reference.is_installed(original.library):
         return True
     if checkpoint.evidence:
         return False
-    library = f" and {original.library}" if original else ""
+    if original is None:
+        raise VerificationError(f"{checkpoint.name} names no PyTorch original to compare with")
     raise MissingDependency(
-        f'verifying {checkpoint.name} needs torch{library}: pip install "mlx-zoo[torch]"'
+        f"verifying {checkpoint.name} needs torch and {original.library}: "
+        'pip install "mlx-zoo[torch]"'
     )
 
 
@@ -167,12 +184,17 @@ def _against_stored(model: nn.Module) -> Report:
         for name, x in read_state_dict([path_of(checkpoint.evidence)]).items()
     }
     images = stored["images"]
+    if model.config.num_classes != stored["logits"].shape[1]:
+        raise VerificationError(
+            f"the stored outputs of {checkpoint.name} are of {stored['logits'].shape[1]} classes, "
+            f'this network has {model.config.num_classes}: pip install "mlx-zoo[torch]"'
+        )
     layers = [
         name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")
     ]
     inputs = {"pixel_values": preprocess(list(images), checkpoint.preprocessing)}
     precision = _precision(model)
-    outputs, _ = compare.run(model, inputs, ())
+    output, single = compare.run(model, inputs, ())[0]["output"], stored["logits_torch32"]
     few = {"pixel_values": inputs["pixel_values"][: len(stored["reference_inputs"])]}
     _, seen = compare.run(model, few, layers)
     rows = []
@@ -185,15 +207,7 @@ def _against_stored(model: nn.Module) -> Report:
     return Report(
         name=checkpoint.name,
         evidence="stored outputs of the PyTorch original, in float32 and float64",
-        outputs=(
-            compared(
-                "output",
-                outputs["output"],
-                stored["logits_torch32"],
-                stored["logits"],
-                precision,
-            ),
-        ),
+        outputs=(compared("output", output, single, stored["logits"], precision),),
         layers=tuple(rows),
         device=str(mx.default_device().type).split(".")[-1],
         seed=None,

@@ -32,17 +32,10 @@ def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weight
         weights: those of them that hold the weights.
 
     Raises:
-        MissingDependency: torch or the library is not installed.
         VerificationError: the original itself does not take these weights.
     """
     reference = checkpoint.reference
-    if reference is None:
-        raise VerificationError(f"{checkpoint.name} has no PyTorch original to compare with")
-    if not is_installed(reference.library):
-        raise MissingDependency(
-            f"verification against PyTorch needs torch and {reference.library}: "
-            'pip install "mlx-zoo[torch]"'
-        )
+    assert reference is not None
     if reference.library == "transformers":
         model = _transformers(checkpoint, config, files)
     else:
@@ -148,6 +141,8 @@ _kept: list[Any] = []
 
 def _torchvision(reference: Reference, config: Any, weights: Sequence[Path]):
     torchvision = import_torchvision()
+    if config.in_chans != 3:
+        raise VerificationError(f"torchvision's networks take 3 channels, not {config.in_chans}")
     options = {"num_classes": config.num_classes or 1, **reference.options}
     model = torchvision.models.get_model(reference.name, weights=None, **options)
     return _filled(model, config, weights)
@@ -197,6 +192,11 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
 
     transformers.utils.logging.disable_progress_bar()
 
+    if "config.json" not in files:
+        raise VerificationError(
+            f"the original of {checkpoint.name} needs its config.json, which a bare file lacks: "
+            "put both into a folder and load local-dir:folder"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for name, path in files.items():
             link = Path(folder, name)
