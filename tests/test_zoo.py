@@ -1129,6 +1129,46 @@ def test_the_tokenizer_goes_with_the_weights(minilm, tmp_path, no_network):
     np.testing.assert_array_equal(ours, wanted)
 
 
+def test_a_converted_body_embeds_as_its_own_files_say(minilm, tmp_path):
+    texts = ["A cat sat on the mat.", "Ein Satz."]
+    wanted = mlx_zoo.pipeline("sentence-embedding", f"local-dir:{minilm}")(texts)
+    folder = mlx_zoo.convert(f"local-dir:{minilm}", tmp_path / "out")
+    embed = mlx_zoo.pipeline("sentence-embedding", f"local-dir:{folder}")
+    np.testing.assert_array_equal(embed(texts), wanted)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(
+        json.dumps({"word_embedding_dimension": 384, "pooling_mode_cls_token": True})
+    )
+    embed = mlx_zoo.pipeline("sentence-embedding", f"local-dir:{folder}")
+    assert np.abs(embed(texts) - wanted).max() > 0.01
+
+
+def test_a_converted_pretraining_network_serves_its_parts(tmp_path):
+    bert_folder(tmp_path / "original")
+    original = f"local-dir:{tmp_path / 'original'}"
+    folder = mlx_zoo.convert(original, tmp_path / "out", task="pretraining")
+    for task in (None, "fill-mask", "next-sentence-prediction", "pretraining"):
+        one = mlx_zoo.load(f"local-dir:{folder}", True, task=task)
+        same(one, mlx_zoo.load(original, True, task=task))
+
+
+def test_a_cast_of_a_converted_folder_is_checked(tmp_path):
+    state = digits()
+    state["fc.bias"][0] = 1e6  # beyond float16
+    folder = mlx_zoo.convert(DIGITS, tmp_path / "out", saved(state, tmp_path / "w.pth"))
+    with pytest.raises(CheckpointError, match=r"infinity as float16 in fc\.bias"):
+        mlx_zoo.load(f"local-dir:{folder}", True, dtype="float16")
+
+
+def test_a_verification_speaks_of_one_network_and_precision(tmp_path):
+    bert_folder(tmp_path / "original")
+    folder = mlx_zoo.convert(f"local-dir:{tmp_path / 'original'}", tmp_path / "out")
+    name = f"local-dir:{folder}"
+    mlx_zoo.load(name, True, verify=True)
+    with pytest.raises(VerificationError):
+        mlx_zoo.load(name, True, verify=True, norm_eps=0.5)
+
+
 def test_the_tokenizer_of_a_hub_repository_goes_with_the_weights(hub, minilm, tmp_path):
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
     files = {name: (minilm / name).read_bytes() for name in names if (minilm / name).is_file()}
