@@ -235,6 +235,7 @@ def test_a_picture_of_too_many_pixels():
         preprocess(data, SMALL)
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it reads all the same
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
 def test_a_damaged_file_is_read_or_a_value_error(kind):
     """Whatever its decoder raises."""
@@ -252,8 +253,6 @@ def test_a_damaged_file_is_read_or_a_value_error(kind):
             assert preprocess(damaged, SMALL).shape == (1, 32, 32, 3)
         except ValueError:
             refused += 1
-        except (UserWarning, RuntimeWarning):  # errors in these tests alone
-            continue
     assert refused > 0
 
 
@@ -297,9 +296,10 @@ def test_exif_turns_the_image(turn, kind, tmp_path):
     np.testing.assert_array_equal(found, upright.repeat(4, 0).repeat(4, 1))
 
 
-def test_a_damaged_exif_block_is_not_looked_at_or_a_value_error():
+def test_a_damaged_exif_block_turns_nothing():
     data = encoded(Image.fromarray(noise(8, 8)), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert pixels(data, side=8).shape == (8, 8, 3)
+    with pytest.warns(UserWarning, match="EXIF"):
+        assert pixels(data, side=8).shape == (8, 8, 3)
 
 
 def test_a_palette():
@@ -347,7 +347,7 @@ def test_a_cmyk_jpeg():
 
 
 def test_colours_that_pillow_cannot_convert():
-    with pytest.raises(ValueError, match=r"cannot be read: conversion from La"):
+    with pytest.raises(ValueError, match="not an image that can be read"):
         preprocess(Image.new("La", (4, 4)), SMALL)
 
 

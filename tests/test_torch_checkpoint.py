@@ -29,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_zoo.errors import CheckpointError, IntegrityError, UnsafeCheckpoint, UnsupportedFormat
+from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.hub.torch_checkpoint import (
     looks_like,
     read_tensors,
@@ -193,7 +194,7 @@ def test_a_training_checkpoint(tmp_path, zipped):
         "best": torch.tensor(0.1), "optimizer": optimizer.state_dict(),
         "state_dict": {f"module.{n}": t for n, t in module.state_dict().items()},
     }  # fmt: skip
-    found = read_tensors(save(checkpoint, tmp_path / "x.pth", zipped))
+    found = read_state_dict([save(checkpoint, tmp_path / "x.pth", zipped)])
     assert list(found) == ["weight", "bias"]
     assert_same(found["weight"], module.weight)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_zoo import describe, registry, zoo
+from mlx_zoo.catalogue import Architecture
 from mlx_zoo.describe import Place, as_source, path_of
 from mlx_zoo.errors import MissingDependency, VerificationError
 from mlx_zoo.hub import cache
@@ -20,8 +22,7 @@ from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare, reference
-from mlx_zoo.verify.report import TOLERANCES, Report
-from mlx_zoo.verify.report import compare as compared
+from mlx_zoo.verify.report import TOLERANCES, Report, judge
 
 __all__ = ["Report", "verify"]
 
@@ -109,70 +110,89 @@ def _can_run_original(checkpoint) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A layer of ours and the original's that computes it; of a fused one, which part of it."""
+
+    ours: str
+    theirs: str
+    part: int
+    parts: int
+
+    def out_of(self, seen: Mapping[str, np.ndarray], layer: nn.Module, like: np.ndarray):
+        """What the original's layer gave, as ours gives it: (B, ..., C), of the shape of `like`."""
+        values = np.split(channels_last(seen[self.theirs], layer), self.parts, axis=-1)[self.part]
+        # Position embeddings have no batch axis here; a changed network may have another size.
+        return values.reshape(like.shape) if values.size == like.size else values
+
+
 def _against_original(model: nn.Module, place: Place, size: int | None, seed: int) -> Report:
-    checkpoint, config = model.checkpoint, model.config
-    architecture = registry.of_model(model)
+    checkpoint, architecture = model.checkpoint, registry.of_model(model)
     if size is None:
         published = checkpoint.preprocessing.size if checkpoint.preprocessing else 224
         size = published if architecture.inputs == "images" else 64
-    inputs = compare.random_inputs(architecture.inputs, config, size, seed)
-
-    source = as_source(checkpoint.source)
-    if isinstance(source, HubSource) and checkpoint.revision:
-        source = HubSource(source.repo, checkpoint.revision)
-    fetched = fetch_weights(source, **place.options)
-    files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
-    original = reference.build(checkpoint, config, files, fetched.weights)
-
-    pairs = _paired_layers(model, architecture.dialects[checkpoint.dialect], original)
-    outputs, layers = compare.run(model, inputs, {ours for ours, *_ in pairs})
-    upstream = {theirs for _, theirs, _ in pairs}
+    inputs = compare.random_inputs(architecture.inputs, model.config, size, seed)
     precision = _precision(model)
-    same_out, same = reference.run(original, inputs, upstream, precision)
-    double_out, double = reference.run(original, inputs, upstream, "float64")
 
-    modules = dict(model.named_modules())
-    theirs_of = {ours: (theirs, part) for ours, theirs, part in pairs}
-
-    def theirs(ours: str, seen: dict[str, np.ndarray]) -> np.ndarray:
-        """What the original's layer gave, as ours gives it; of a fused one, our part."""
-        upstream, (part, parts) = theirs_of[ours]
-        values = channels_last(seen[upstream], modules[ours])
-        values = np.split(values, parts, axis=-1)[part]
-        mine = layers[ours]  # which a changed network may give another size
-        return values.reshape(mine.shape) if values.size == mine.size else values
-
-    if outputs.keys() != same_out.keys():
+    original = _original(model, architecture, place)
+    pairs = _pairs(model, architecture, original)
+    upstream = {pair.theirs for pair in pairs.values()}
+    outputs, layers = compare.run(model, inputs, pairs)
+    same_outputs, same = reference.run(original, inputs, upstream, precision)
+    true_outputs, true = reference.run(original, inputs, upstream, "float64")
+    if outputs.keys() != same_outputs.keys():
         raise VerificationError(
-            f"the network returns {', '.join(outputs)}, its original {', '.join(same_out)}"
+            f"the network returns {', '.join(outputs)}, its original {', '.join(same_outputs)}"
         )
+    modules = dict(model.named_modules())
+    rows = []
+    for name, x in layers.items():
+        theirs = [pairs[name].out_of(seen, modules[name], x) for seen in (same, true)]
+        rows.append(judge(name, x, theirs[0], theirs[1], precision))
     return Report(
         name=checkpoint.name,
         evidence=f"{checkpoint.reference.library} in {precision} and float64",
         outputs=tuple(
-            compared(name, x, same_out[name], double_out[name], precision)
+            judge(name, x, same_outputs[name], true_outputs[name], precision)
             for name, x in outputs.items()
         ),
-        layers=tuple(
-            compared(ours, x, theirs(ours, same), theirs(ours, double), precision)
-            for ours, x in layers.items()
-        ),
-        device=str(mx.default_device().type).split(".")[-1],
+        layers=tuple(rows),
+        device=_device(),
         seed=seed,
         inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
         versions={**cache.versions(), **reference.versions(checkpoint.reference.library)},
     )
 
 
-def _paired_layers(model, spec, original) -> list[tuple[str, str, tuple[int, int]]]:
-    """(our layer, the original's layer, which part of how many of it), for layers with weights."""
+def _original(model: nn.Module, architecture: Architecture, place: Place):
+    """The PyTorch original with the published weights."""
+    checkpoint = model.checkpoint
+    source = as_source(checkpoint.source)
+    if isinstance(source, HubSource) and checkpoint.revision:
+        source = HubSource(source.repo, checkpoint.revision)
+    fetched = fetch_weights(source, **place.options)
+    files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
+    return reference.build(checkpoint, model.config, files, fetched.weights)
+
+
+def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, Pair]:
+    """The layers of ours that have weights, with the original's.
+
+    Those that a repository keeps in folders of their own have other names there; the output
+    shows them.
+    """
     there = dict(original.named_modules())
-    pairs = []
+    apart = tuple(architecture.parts(model.config).values())
+    pairs = {}
+    spec = architecture.dialects[model.checkpoint.dialect]
     for upstream, ours in engine.layer_links(model, spec).items():
+        if not upstream or upstream.startswith(apart):
+            continue
         names = [name for name in there if name == upstream or name.endswith("." + upstream)]
+        if not names:
+            raise VerificationError(f"the original has no layer {upstream}")
         for part, name in enumerate(ours):
-            if names and name:
-                pairs.append((name, min(names, key=len), (part, len(ours))))
+            pairs[name] = Pair(name, min(names, key=len), part, len(ours))
     return pairs
 
 
@@ -202,18 +222,22 @@ def _against_stored(model: nn.Module) -> Report:
         index = stored[f"layer.{name}.index"]
         sample = values.reshape(-1)[index[index < values.size]]
         theirs, double = stored[f"layer.{name}.torch32"], stored[f"layer.{name}.sample"]
-        row = compared(name, sample, theirs, double, precision)
+        row = judge(name, sample, theirs, double, precision)
         rows.append(replace(row, scale=float(stored[f"layer.{name}.scale"][0])))
     return Report(
         name=checkpoint.name,
         evidence="stored outputs of the PyTorch original, in float32 and float64",
-        outputs=(compared("output", output, single, stored["logits"], precision),),
+        outputs=(judge("output", output, single, stored["logits"], precision),),
         layers=tuple(rows),
-        device=str(mx.default_device().type).split(".")[-1],
+        device=_device(),
         seed=None,
         inputs=f"{len(images)} held-out images",
         versions=cache.versions(),
     )
+
+
+def _device() -> str:
+    return str(mx.default_device().type).split(".")[-1]
 
 
 def _precision(model: nn.Module) -> str:

@@ -55,7 +55,7 @@ class Comparison:
         return accurate and (self.max_abs <= allowed or self.torch_error > allowed)
 
 
-def compare(
+def judge(
     name: str,
     ours: np.ndarray,
     theirs: np.ndarray,
