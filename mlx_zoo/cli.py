@@ -271,6 +271,7 @@ def cache_list(cache_dir: Path | None, as_json: bool) -> None:
     """What is there."""
     root = store.cache_root(cache_dir)
     entries = list(store.entries(root))
+    downloads = store.downloads(root)
     if as_json:
         rows = [
             {"path": str(e.path), **e.manifest, "verification": e.verification} for e in entries
@@ -289,6 +290,9 @@ def cache_list(cache_dir: Path | None, as_json: bool) -> None:
         table.add_row(Text(name), Text(source), made, f"{entry.size / 1e6:.1f}", verdict)
     console().print(table)
     click.echo(f"{len(entries)} in {root}")
+    if downloads:
+        total = sum(size for _, size in downloads)
+        click.echo(f"and {len(downloads)} downloaded files, {total / 1e6:.1f} MB")
 
 
 @cache.command("verify")
@@ -315,7 +319,7 @@ def cache_verify(cache_dir: Path | None, as_json: bool) -> None:
 
 @cache.command("prune")
 @click.option("--cache-dir", type=click.Path(path_type=Path))
-@click.option("--days", type=float, help="Also entries older than this; 0 removes all.")
+@click.option("--days", type=float, help="Also entries and downloads older than this; 0: all.")
 @as_json
 def cache_prune(cache_dir: Path | None, days: float | None, as_json: bool) -> None:
     """Remove what was set aside or left unfinished, and with --days old entries."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,8 @@ from mlx_zoo.hub.source import (
     UrlSource,
     parse_source,
 )
+from mlx_zoo.preprocess.files import read_json
+from mlx_zoo.preprocess.image import INTERPOLATIONS
 from mlx_zoo.preprocess.sentence import sentence_files
 from mlx_zoo.preprocess.text import TOKENIZER_FILES
 
@@ -110,7 +111,7 @@ def with_weights_of(
     source: Source | None = None
     if isinstance(other, (str, os.PathLike)):
         is_file = Path(other).is_file()  # whatever its name
-        source = FileSource(Path(other).resolve()) if is_file else parse_source(other)
+        source = parse_source(Path(other) if is_file else other)
     if source is None:
         raise ValueError(
             f"pretrained={other!r}: True, the path of a checkpoint, or a source is needed"
@@ -232,17 +233,6 @@ def is_converted(folder: Path) -> bool:
     return path.is_file() and {"format", "checkpoint", "config"} <= read_json(path).keys()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object out of a JSON file. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, where an object belongs")
-    return value
-
-
 def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
     for option, allowed in REFUSED.items():
         if config.get(option) not in allowed:
@@ -289,6 +279,9 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     num_classes = said.pop("num_classes", num_classes)
     if said:
         raise UnsupportedConfig(f"{name}: model_args={said} in config.json is not implemented")
+    interpolation = published.get("interpolation", "bilinear")
+    if interpolation not in INTERPOLATIONS:
+        raise UnsupportedConfig(f"{name}: interpolation={interpolation!r} is not implemented")
     return Checkpoint(
         name=name,
         architecture=architecture.name,
@@ -301,7 +294,7 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
         preprocessing=Preprocessing(
             size=size[0],
             resize=timm_resize(size[0], published.get("crop_pct", 0.875)),
-            interpolation=published.get("interpolation", "bilinear"),
+            interpolation=interpolation,
             mean=tuple(published.get("mean", Preprocessing.mean)),
             std=tuple(published.get("std", Preprocessing.std)),
         ),

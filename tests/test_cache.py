@@ -303,6 +303,7 @@ def test_row_18_what_another_process_sets_aside_first_is_no_failure(cache, caplo
     assert "cannot be used (of another release)" in message
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_entry_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
     """Files, then the folder that names them, then its parent."""
     flushed = []
@@ -333,6 +334,7 @@ def test_a_file_system_that_does_not_flush_folders_is_no_failure(cache, monkeypa
     assert caplog.text == ""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_nothing_stays_open(cache):
     load()
     load()

@@ -612,6 +612,13 @@ import json, re, resource, sys, time
 from pathlib import Path
 from mlx_zoo.errors import CheckpointError, IntegrityError
 from mlx_zoo.hub.torch_checkpoint import read_tensors
+
+def peak_of_this_process():  # ru_maxrss begins at that of the process that spawned this one
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps({"started": path.name}), flush=True)
     start = time.monotonic()
@@ -622,7 +629,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     except BaseException as error:
         kind, message = "escaped", repr(error)[:500]
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_of_this_process()
     print(json.dumps(dict(kind=kind, message=message, seconds=seconds, peak=peak)), flush=True)
 """
 
@@ -776,6 +783,13 @@ def bits(x):
         x = x.detach().contiguous()
         return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy().tobytes()
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x).tobytes()
+
+
+def peak_of_this_process():  # ru_maxrss begins at that of the process that spawned this one
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps({"started": path.name}), flush=True)
