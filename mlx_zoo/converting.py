@@ -15,7 +15,13 @@ import mlx.nn as nn
 from mlx_zoo import describe
 from mlx_zoo.catalogue import Architecture, Checkpoint
 from mlx_zoo.describe import Place, as_source
-from mlx_zoo.errors import CheckpointError, IntegrityError, MappingError, MLXZooError
+from mlx_zoo.errors import (
+    CheckpointError,
+    IntegrityError,
+    MappingError,
+    MLXZooError,
+    NotCached,
+)
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.hub.fetch import Fetched, fetch_files, fetch_weights, resolve_revision
@@ -131,7 +137,7 @@ def _origin(source: Source, request: Request, place: Place) -> Origin:
 
 
 def _convert(key: str, origin: Origin, request: Request, place: Place) -> Converted:
-    fetched = origin.fetched or fetch_weights(origin.source, **place.options)
+    fetched = origin.fetched or _fetch(origin.source, request, place)
     state = read_state_dict(fetched.weights, fetched.index)
     for folder, prefix in request.architecture.parts(origin.config).items():
         state |= _part(origin.source, folder, prefix, place)
@@ -149,6 +155,17 @@ def _convert(key: str, origin: Origin, request: Request, place: Place) -> Conver
         warn_once(f"converted weights cannot be kept in {place.root}: {error}")
         entry = None
     return Converted(weights, config, checkpoint, entry)
+
+
+def _fetch(source: Source, request: Request, place: Place) -> Fetched:
+    try:
+        return fetch_weights(source, **place.options)
+    except NotCached as error:
+        name = request.checkpoint.name
+        raise NotCached(
+            f"the weights of {name} are not in the cache and the network is off. "
+            f"Fetch them with the network on: mlx-zoo load {name}"
+        ) from error
 
 
 def manifest_of(

@@ -142,7 +142,7 @@ def test_embed(minilm):
         (["load", "resnet19"], 1, "no model is called 'resnet19'.*resnet18"),
         (["load", "local-dir:nowhere"], 1, "no such folder"),
         (["load", "resnet_digits", "--task", "fill-mask"], 1, "resnet has image-classification"),
-        (["load", "resnet18", "--offline"], 1, "mlx-zoo load"),
+        (["load", "resnet18", "--offline"], 1, "mlx-zoo load resnet18.imagenet1k_v1$"),
         (["predict", "resnet_digits", "no.png"], 1, "not an image"),
         (["convert", "resnet_digits", "."], 1, "new or empty"),
         (["load"], 2, "Missing argument"),
