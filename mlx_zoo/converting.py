@@ -325,6 +325,8 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
         return None
     try:
         stored, config = describe.from_json(entry.manifest)
+        if is_bare(checkpoint):
+            checkpoint = replace(checkpoint, config=stored.config)
         checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
         found = Converted(cache.read_weights(entry), config, checkpoint, entry)
     except CheckpointError as error:  # of another release, say

@@ -650,7 +650,7 @@ def test_row_11_off_line(how, hub, tmp_path, monkeypatch):
 
 def test_row_11_off_line_at_an_address(hub, monkeypatch):
     at_url(hub, monkeypatch, pickled(digits()))
-    with pytest.raises(NotCached, match="mlx-zoo load http"):
+    with pytest.raises(NotCached, match=f"mlx-zoo load {DIGITS}$"):
         mlx_zoo.load(DIGITS, pretrained=True, local_files_only=True)
     mlx_zoo.load(DIGITS, pretrained=True)
     hub.stop()
@@ -732,6 +732,14 @@ def test_a_trained_head_cannot_be_replaced_by_a_count_that_it_has_not(task, num_
     bert_folder(tmp_path)
     with pytest.raises(ValueError, match=f"num_classes={num_classes}"):
         mlx_zoo.load(f"local-dir:{tmp_path}", True, task=task, num_classes=num_classes)
+
+
+def test_a_bare_file_has_a_head_and_an_input_of_its_own_also_from_the_cache(tmp_path):
+    original = randomise(timm.create_model("resnet26", num_classes=7, in_chans=1))
+    path = saved(original.state_dict(), tmp_path / "grey.pth")
+    for _ in ("converted", "from the cache"):
+        model = mlx_zoo.load("resnet26", path, num_classes=7, in_chans=1)
+        proven(model, size=64)
 
 
 def test_a_named_network_does_not_take_the_weights_of_another(tmp_path):
