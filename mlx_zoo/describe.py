@@ -246,11 +246,11 @@ def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
         raise UnsupportedConfig(
             f"{name}: model_type={kind!r} in config.json is not implemented; {', '.join(known)} are"
         )
-    classes = config.get("architectures") or [None]
-    if classes[0] is not None and classes[0] not in architecture.classes:
-        raise UnsupportedConfig(f"{name}: {classes[0]} in config.json is not implemented")
+    # A class of another name may have any head, or none: the tensors will tell.
+    (kind, *_) = config.get("architectures") or [None]
+    task = architecture.classes.get(kind)
     own = architecture.read_config(config)
-    if classes[0] is not None and architecture.classes[classes[0]] is None:
+    if kind in architecture.classes and task is None:
         own = architecture.without_head(own)
     return Checkpoint(
         name=name,
@@ -259,7 +259,7 @@ def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
         source="",
         dialect="transformers",
         reference=Reference("transformers"),
-        task=architecture.classes.get(classes[0]),
+        task=task,
         labels=labels(config),
     )
 

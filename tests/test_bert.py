@@ -103,7 +103,7 @@ def test_attributes_that_change_the_arithmetic(options, tmp_path):
         {"pruned_heads": {"0": [1]}},
         {"hidden_act": "prelu"},
         {"model_type": "roberta"},
-        {"architectures": ["BertGenerationDecoder"]},
+        {"auto_map": {"AutoModel": "modeling.MyBert"}},
         {"quantization_config": {"bits": 4}},
         {"hidden_size": 65},
         {"hidden_size": "many"},
@@ -114,7 +114,6 @@ def test_what_is_not_implemented_is_refused_by_name(options, tmp_path):
     config = {**small().to_dict(), "model_type": "bert", **options}
     (tmp_path / "config.json").write_text(json.dumps(config))
     name = next(iter(options)) if options != {"hidden_size": 65} else "65 dims"
-    name = "BertGenerationDecoder" if "architectures" in options else name
     name = "config.json" if options == {"hidden_size": "many"} else name
     with pytest.raises(UnsupportedConfig, match=name):
         mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True)
@@ -150,6 +149,16 @@ def test_an_unknown_part_of_a_head_is_refused(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(MappingError, match=r"no home for cls\.predictions\.adapter\.weight"):
         mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True, task="fill-mask")
+
+
+def test_a_class_of_another_name_is_known_by_its_tensors(tmp_path):
+    save(tmp_path, "token-classification")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertTagger"]}))
+    proven(mlx_zoo.load(f"local-dir:{tmp_path}", True))
+    proven(mlx_zoo.load(f"local-dir:{tmp_path}", True, task="token-classification"))
+    with pytest.raises(MappingError, match=r"pooler\.dense\.weight"):
+        mlx_zoo.load(f"local-dir:{tmp_path}", True, task="text-classification")
 
 
 def test_a_mixture_of_old_and_new_names_is_refused(tmp_path):

@@ -561,7 +561,6 @@ def test_other_weights_from_a_repository(hub):
         ({"architecture": "convnext_tiny"}, "timm's architecture 'convnext_tiny'"),
         ({**TIMM_CONFIG, "model_args": {"output_stride": 8}}, "model_args=.*output_stride"),
         ({"model_type": "gpt_neox"}, "model_type='gpt_neox'.*bert, .*resnet"),
-        ({"model_type": "bert", "architectures": ["BertX"]}, "BertX"),
         ({}, "model_type=None"),
         ({**TIMM_CONFIG, "pretrained_cfg": [1]}, "config.json cannot be read"),
         ({**TIMM_CONFIG, "num_classes": "many"}, "config.json cannot be read.*many"),

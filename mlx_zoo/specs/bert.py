@@ -155,7 +155,7 @@ def keeps_head(checkpoint: Checkpoint, task: str | None, num_classes: int | None
     if "classifier" not in HEADS[task]:
         return True
     own_size = head_size(replace(checkpoint.config, task=task))
-    return checkpoint.task == task and num_classes in (None, own_size)
+    return checkpoint.task in (None, task) and num_classes in (None, own_size)
 
 
 def head_size(config: BertConfig) -> int | None:
