@@ -191,11 +191,16 @@ def _convertible(request: Request) -> Any:
     if request.architecture.keeps_head(checkpoint, request.task, request.num_classes):
         return config
     if request.num_classes is None:
-        raise CheckpointError(
-            f"{checkpoint.name} has no head for {request.task}; "
-            "num_classes= asks for a fresh one, to be trained"
-        )
+        raise no_head(checkpoint, request)
     return request.architecture.without_head(config)
+
+
+def no_head(checkpoint: Checkpoint, request: Request) -> CheckpointError:
+    """The error for a head that the weights do not have."""
+    remedy = "load or convert its original, with that task"
+    if request.architecture.head_size(request.config) is not None:
+        remedy = "num_classes= asks for a fresh one, to be trained"
+    return CheckpointError(f"{checkpoint.name} has no head for {request.task}; {remedy}")
 
 
 def is_bare(checkpoint: Checkpoint) -> bool:

@@ -20,7 +20,15 @@ import mlx.nn as nn
 
 from mlx_zoo import describe, registry
 from mlx_zoo.catalogue import Architecture, Checkpoint, config_from
-from mlx_zoo.converting import Converted, Request, converted, given, manifest_of, warn_once
+from mlx_zoo.converting import (
+    Converted,
+    Request,
+    converted,
+    given,
+    manifest_of,
+    no_head,
+    warn_once,
+)
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, VerificationError
 from mlx_zoo.hub import cache
@@ -170,10 +178,7 @@ def _check_head(found: Converted, request: Request) -> None:
     """A head may be made afresh only where that was asked for."""
     has = getattr(found.config, "task", None)
     if request.task not in (None, has) and request.num_classes is None:
-        raise CheckpointError(
-            f"{found.checkpoint.name} has no head for {request.task}; "
-            "num_classes= asks for a fresh one, to be trained"
-        )
+        raise no_head(found.checkpoint, request)
 
 
 def _network(found: Converted, request: Request) -> nn.Module:

@@ -49,6 +49,8 @@ from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.verify.reference import import_torchvision
 
 torchvision = import_torchvision()
+import sentence_transformers  # noqa: E402
+import sentence_transformers.sentence_transformer.modules  # noqa: E402
 import timm  # noqa: E402
 import transformers  # noqa: E402
 
@@ -1148,6 +1150,23 @@ def test_a_converted_body_embeds_as_its_own_files_say(minilm, tmp_path):
     )
     embed = mlx_zoo.pipeline("sentence-embedding", f"local-dir:{folder}")
     assert np.abs(embed(texts) - wanted).max() > 0.01
+
+
+def test_a_converted_network_without_dense_layers_says_what_helps(minilm, tmp_path):
+    modules = sentence_transformers.sentence_transformer.modules
+    body = modules.Transformer(str(minilm))
+    layers = [body, modules.Pooling(384), modules.Dense(384, 24)]
+    original = sentence_transformers.SentenceTransformer(modules=layers, device="cpu")
+    original.save_pretrained(str(tmp_path / "original"))
+    source = f"local-dir:{tmp_path / 'original'}"
+    folder = mlx_zoo.convert(source, tmp_path / "body")
+    with pytest.raises(CheckpointError, match="load or convert its original, with that task"):
+        mlx_zoo.load(f"local-dir:{folder}", True, task="sentence-embedding")
+    folder = mlx_zoo.convert(source, tmp_path / "whole", task="sentence-embedding")
+    texts = ["A cat sat on the mat."]
+    ours = mlx_zoo.pipeline("sentence-embedding", f"local-dir:{folder}")(texts)
+    np.testing.assert_allclose(ours, original.encode(texts), atol=1e-5)
+    assert not mlx_zoo.load(f"local-dir:{folder}", True).config.dense
 
 
 def test_a_converted_pretraining_network_serves_its_parts(tmp_path):

@@ -238,5 +238,5 @@ ARCHITECTURE = Architecture(
     head_size=head_size,
     fixed_sizes=FIXED_SIZES,
     fit=fit,
-    without_head=lambda config: replace(config, task=None),
+    without_head=lambda config: replace(config, task=None, dense=()),
 )
