@@ -210,7 +210,7 @@ def is_bare(checkpoint: Checkpoint) -> bool:
 
 def _map(
     state: Mapping[str, mx.array], config: Any, request: Request
-) -> tuple[dict[str, mx.array], Any, str]:
+) -> tuple[Mapping[str, mx.array], Any, str]:
     """The state dict as parameters of a network, that network's config, and the dialect.
 
     Where the weights do not fill the wished-for head or input, and the user gave its size, they
@@ -233,11 +233,16 @@ def _map(
         except MappingError as error:
             failure = failure or error
             continue
-        if request.dtype is not None:
-            weights = {name: x.astype(request.dtype) for name, x in weights.items()}
-        return weights, wish, dialect
+        return _cast(weights, request), wish, dialect
     assert failure is not None
     raise failure
+
+
+def _cast(weights: Mapping[str, mx.array], request: Request) -> Mapping[str, mx.array]:
+    """The weights in the type that was asked for, or in their own."""
+    if request.dtype is None:
+        return weights
+    return {name: x.astype(request.dtype) for name, x in weights.items()}
 
 
 def choose_dialect(
@@ -371,7 +376,7 @@ def _from_folder(folder: Path, request: Request) -> Converted:
     if request.task != getattr(config, "task", None):
         config, weights = _other_task(config, weights, folder, request)
     if request.dtype is not None:
-        weights = {name: x.astype(request.dtype) for name, x in weights.items()}
+        weights = _cast(weights, request)
         _check_finite(engine.nonfinite(weights), request)
     _check_finite(entry.manifest.get("nonfinite"), request)
     checkpoint = replace(checkpoint, folder=str(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,33 +197,47 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     return replace(checkpoint, source=str(source), revision=fetched.revision or None)
 
 
+def source_of(checkpoint: Checkpoint) -> Source:
+    """Where the published bytes are; of the hub: at the commit, once that is known."""
+    source = as_source(checkpoint.source)
+    if isinstance(source, HubSource) and checkpoint.revision:
+        return replace(source, revision=checkpoint.revision)
+    return source
+
+
 def files_of(
     source: Source, architecture: Architecture, config: Any, place: Place
 ) -> Mapping[str, Path]:
     """The files that complete a config, as the architecture asks for them."""
-    files: dict[str, Path] = {}
-    asked: set[str] = set()
-    while names := set(architecture.files(config, files)) - asked:
-        asked |= names
-        files |= fetch_files(source, (), optional=sorted(names), **place.options).files
-    return files
+    return _fetch_wanted(source, lambda files: architecture.files(config, files), place)
 
 
 def companions(
     checkpoint: Checkpoint, architecture: Architecture, place: Place
 ) -> Mapping[str, Path]:
     """The files beside the weights that their use needs: config.json, the tokenizer's."""
-    source = as_source(f"local-dir:{checkpoint.folder}" if checkpoint.folder else checkpoint.source)
+    own_folder = checkpoint.folder  # a converted one outlives its original
+    source = as_source(f"local-dir:{own_folder}") if own_folder else source_of(checkpoint)
     if not isinstance(source, (HubSource, DirectorySource)):
         return {}
-    if isinstance(source, HubSource):
-        source = replace(source, revision=checkpoint.revision or source.revision)
-    names = TOKENIZER_FILES if architecture.inputs == "tokens" else ("config.json",)
-    files = dict(fetch_files(source, (), optional=names, **place.options).files)
-    if architecture.inputs == "tokens":
-        for _ in range(2):  # modules.json, then what it lists
-            more = sentence_files(files.get("modules.json"))
-            files |= fetch_files(source, (), optional=more, **place.options).files
+
+    def wanted(files: Mapping[str, Path]) -> tuple[str, ...]:
+        if architecture.inputs != "tokens":
+            return ("config.json",)
+        return TOKENIZER_FILES + sentence_files() + sentence_files(files.get("modules.json"))
+
+    return _fetch_wanted(source, wanted, place)
+
+
+def _fetch_wanted(
+    source: Source, wanted: Callable[[Mapping[str, Path]], tuple[str, ...]], place: Place
+) -> Mapping[str, Path]:
+    """Those files that there are of the ones `wanted` names, given those in hand, until no more."""
+    files: dict[str, Path] = {}
+    asked: set[str] = set()
+    while names := set(wanted(files)) - asked:
+        asked |= names
+        files |= fetch_files(source, (), optional=sorted(names), **place.options).files
     return files
 
 
@@ -247,10 +261,10 @@ def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
             f"{name}: model_type={kind!r} in config.json is not implemented; {', '.join(known)} are"
         )
     # A class of another name may have any head, or none: the tensors will tell.
-    (kind, *_) = config.get("architectures") or [None]
-    task = architecture.classes.get(kind)
+    (class_name, *_) = config.get("architectures") or [None]
+    task = architecture.classes.get(class_name)
     own = architecture.read_config(config)
-    if kind in architecture.classes and task is None:
+    if class_name in architecture.classes and task is None:
         own = architecture.without_head(own)
     return Checkpoint(
         name=name,

@@ -211,10 +211,6 @@ def _adapted(model: nn.Module, request: Request) -> nn.Module:
     return _ready(model)
 
 
-def is_float(x: mx.array) -> bool:
-    return mx.issubdtype(x.dtype, mx.floating)
-
-
 def kind_of(model: nn.Module) -> mx.Dtype:
     """The type of the first parameter."""
     return next(iter(engine.parameters(model).values())).dtype
@@ -313,14 +309,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
         ValueError: a dialect that the architecture does not have.
     """
     architecture = registry.of_model(model)
-    if odd := [n for n, x in engine.parameters(model).items() if not is_float(x)]:
+    weights = engine.parameters(model)
+    if odd := [n for n, x in weights.items() if not mx.issubdtype(x.dtype, mx.floating)]:
         raise ValueError(f"{odd[0]} holds no floats: a quantised network cannot be exported")
     checkpoint = getattr(model, "checkpoint", None)
     own = checkpoint.dialect if checkpoint else None
     name = dialect or own or next(iter(architecture.dialects))
     if name not in architecture.dialects:
         raise ValueError(f"dialect={name!r}: one of {'; '.join(architecture.dialects)} is needed")
-    weights = engine.parameters(model)
     state = engine.to_torch(weights, model, architecture.dialects[name])
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -784,13 +784,6 @@ def bits(x):
         return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy().tobytes()
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x).tobytes()
 
-
-def peak_of_this_process():  # ru_maxrss begins at that of the process that spawned this one
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps({"started": path.name}), flush=True)
     try:

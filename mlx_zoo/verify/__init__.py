@@ -12,12 +12,11 @@ import numpy as np
 
 from mlx_zoo import describe, registry, zoo
 from mlx_zoo.catalogue import Architecture
-from mlx_zoo.describe import Place, as_source, path_of
+from mlx_zoo.describe import Place, path_of
 from mlx_zoo.errors import MissingDependency, VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.hub.fetch import fetch_weights
-from mlx_zoo.hub.source import HubSource
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.preprocess.image import preprocess
@@ -167,10 +166,7 @@ def _against_original(model: nn.Module, place: Place, size: int | None, seed: in
 def _original(model: nn.Module, architecture: Architecture, place: Place):
     """The PyTorch original with the published weights."""
     checkpoint = model.checkpoint
-    source = as_source(checkpoint.source)
-    if isinstance(source, HubSource) and checkpoint.revision:
-        source = HubSource(source.repo, checkpoint.revision)
-    fetched = fetch_weights(source, **place.options)
+    fetched = fetch_weights(describe.source_of(checkpoint), **place.options)
     files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
     return reference.build(checkpoint, model.config, files, fetched.weights)
 
