@@ -27,6 +27,8 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     test_size: int | None = None  # a larger size at which the publisher also measured
     test_resize: int | None = None
+    # How the square is cut: "center"; "squash": both sides are resized; "border": all is kept.
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class Architecture:
     dialects: Mapping[str, Spec]  # publisher (and what sets it apart) -> Spec
     inputs: str  # "images" or "tokens"
     tasks: tuple[str, ...]
-    model_type: str | None = None  # in transformers' config.json
+    default_task: str | None = None  # what load() gives where no task is asked for
+    model_types: tuple[str, ...] = ()  # in transformers' config.json
     read_config: Callable[[Mapping[str, Any]], Any] = lambda config: None  # config.json -> config
     classes: Mapping[str, str | None] = field(default_factory=dict)  # transformers' -> task
+    timm_args: Mapping[str, str] = field(default_factory=dict)  # timm's argument -> config's field
     # What a repository's other files say: which are wanted next, given those in hand; and
     # the config as they complete it.
     files: Callable[[Any, Mapping[str, Path]], tuple[str, ...]] = lambda config, files: ()
@@ -105,19 +109,32 @@ class Architecture:
         return sha256(text.encode()).hexdigest()[:16]
 
 
-def read_table(path: Path, architecture: str, config: Callable[[str, int, int], Any]):
+Row = Mapping[str, str]  # of a table: column -> cell
+
+
+def its_original(row: Row) -> Reference:
+    """The library's network of the same name."""
+    return Reference(row["library"], row["name"].partition(".")[0])
+
+
+def read_table(
+    path: Path,
+    architecture: str,
+    config: Callable[[Row], Any],
+    reference: Callable[[Row], Reference] = its_original,
+) -> tuple[Checkpoint, ...]:
     """The checkpoints of a tab-separated table beside a spec file.
 
-    `config(variant, num_classes, in_chans)` gives the config. Empty cells mean "not published".
+    Each row gives its config and its PyTorch original. Empty cells mean "not published".
     """
     with path.open(newline="", encoding="utf-8") as file:
         return tuple(
-            _checkpoint(row, architecture, config) for row in csv.DictReader(file, delimiter="\t")
+            _checkpoint(row, architecture, config(row), reference(row))
+            for row in csv.DictReader(file, delimiter="\t")
         )
 
 
-def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
-    variant = row["name"].partition(".")[0]
+def _checkpoint(row: Row, architecture: str, config: Any, reference: Reference) -> Checkpoint:
     num_classes = int(row["num_classes"])
     resize = row["resize"] and int(row["resize"])
     size = int(row["size"])
@@ -125,10 +142,10 @@ def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
     return Checkpoint(
         name=row["name"],
         architecture=architecture,
-        config=config(variant, num_classes, 3),
+        config=config,
         source=row["source"],
         dialect=row["library"],
-        reference=Reference(row["library"], variant),
+        reference=reference,
         task="image-classification" if num_classes else None,
         sha256=row["sha256"] or None,
         license=row["license"] or None,
@@ -143,6 +160,7 @@ def _checkpoint(row: dict[str, str], architecture: str, config) -> Checkpoint:
             test_size=test_size,
             test_resize=test_size
             and timm_resize(test_size, row["test_crop_pct"] or row["crop_pct"]),
+            crop_mode=row.get("crop_mode") or "center",
         ),
         labels=imagenet_labels() if num_classes == 1000 else (),
         aliases=tuple(row["aliases"].split()),
@@ -159,6 +177,17 @@ def imagenet_labels() -> tuple[str, ...]:
 def timm_resize(size: int, crop_pct: str | float) -> int:
     """timm resizes so that the crop is `crop_pct` of the shorter side."""
     return math.floor(size / float(crop_pct))
+
+
+def as_size(size: Any) -> int | tuple[int, int]:
+    """Sides (H, W) of images as a config has them: one number for a square.
+
+    ValueError for anything but whole numbers above 0.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"img_size={size!r}: a side in pixels, or (H, W), is needed")
+    return sides[0] if sides[0] == sides[1] else sides
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -186,7 +215,9 @@ def config_from(kind: type, values: Mapping[str, Any]) -> Any:
         )
     values = {name: _with_tuples(value) for name, value in values.items()}
     for f in fields(kind):
-        if f.name in values:
+        if f.name == "img_size" and f.name in values:
+            values["img_size"] = as_size(values["img_size"])
+        elif f.name in values:
             _check_type(kind, f.name, values[f.name], f.default)
     return kind(**values)
 

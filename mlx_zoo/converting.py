@@ -41,12 +41,19 @@ class Request:
     config: Any  # the checkpoint's, with the task and what else the user said
     num_classes: int | None = None
     in_chans: int | None = None
+    img_size: int | tuple[int, int] | None = None
     dtype: mx.Dtype | None = None
     allow_nonfinite: bool = False
 
     @property
     def task(self) -> str | None:
         return getattr(self.config, "task", None)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields of the config that the user gave as arguments of their own."""
+        names = ("num_classes", "in_chans", "img_size")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,12 @@ def converted(request: Request, place: Place) -> Converted:
 def _is_asked_for(config: Any, expected: Any, request: Request) -> bool:
     """Whether an entry is another than the expected network only where the user allows it.
 
-    It may lack the head or have other input channels, which `_map` permits to who gives a number.
+    It may lack the head or take other images, which `_map` permits to who gives a number.
     """
-    may_differ = {
-        "task": request.num_classes,
-        "num_classes": request.num_classes,
-        "in_chans": request.in_chans,
-    }
+    free = request.sizes.keys() | ({"task"} if request.num_classes is not None else set())
     return all(
-        given is not None or getattr(config, name, None) == getattr(expected, name, None)
-        for name, given in may_differ.items()
+        name in free or getattr(config, name, None) == getattr(expected, name, None)
+        for name in ("task", "num_classes", "in_chans", "img_size")
     )
 
 
@@ -186,8 +189,7 @@ def _convertible(request: Request) -> Any:
     """The config that the weights are expected to fill: what of the wish they can fulfil."""
     checkpoint, config = request.checkpoint, request.config
     if is_bare(checkpoint):  # what it holds is not known yet: try the wish itself
-        sizes = {"num_classes": request.num_classes, "in_chans": request.in_chans}
-        return replace(config, **given(sizes))
+        return replace(config, **request.sizes)
     if request.architecture.keeps_head(checkpoint, request.task, request.num_classes):
         return config
     if request.num_classes is None:
@@ -220,9 +222,9 @@ def _map(
     wishes = [config]
     if request.num_classes is not None:
         wishes.append(architecture.without_head(config))
-    if request.in_chans is not None:
-        own = request.checkpoint.config.in_chans
-        wishes += [replace(wish, in_chans=own) for wish in wishes]
+    for name in request.sizes.keys() - {"num_classes"}:
+        own = getattr(request.checkpoint.config, name)
+        wishes += [replace(wish, **{name: own}) for wish in wishes]
     failure: MappingError | None = None
     for wish in wishes:
         try:
@@ -320,11 +322,6 @@ def _check_finite(names: list[str] | None, request: Request) -> None:
 def warn_once(message: str) -> None:
     """Log a warning, the first time that it would say just this."""
     log.warning(message)
-
-
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _from_cache(key: str, request: Request, place: Place) -> Converted | None:

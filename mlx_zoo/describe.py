@@ -15,6 +15,7 @@ from mlx_zoo.catalogue import (
     Checkpoint,
     Preprocessing,
     Reference,
+    as_size,
     config_from,
     labels,
     timm_resize,
@@ -155,7 +156,8 @@ def _differences(own: Checkpoint, other: Checkpoint) -> str:
 def as_source(text: str) -> Source:
     """The source that a checkpoint names; `package:` is what ships with mlx_zoo."""
     if text.startswith("package:"):
-        return FileSource(path_of(text))
+        path = path_of(text)
+        return DirectorySource(path) if path.is_dir() else FileSource(path)
     source = parse_source(text)
     if source is None:
         raise UnknownModel(
@@ -166,7 +168,7 @@ def as_source(text: str) -> Source:
 
 
 def path_of(text: str) -> Path:
-    """The file that a `package:` source names."""
+    """The file or folder that a `package:` source names."""
     return DATA / text.removeprefix("package:")
 
 
@@ -253,10 +255,10 @@ def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
             raise UnsupportedConfig(f"{name}: {option} in config.json is not implemented")
     kind = config.get("model_type")
     for architecture in registry.architectures().values():
-        if kind is not None and kind == architecture.model_type:
+        if kind in architecture.model_types:
             break
     else:
-        known = sorted(a.model_type for a in registry.architectures().values() if a.model_type)
+        known = sorted(kind for a in registry.architectures().values() for kind in a.model_types)
         raise UnsupportedConfig(
             f"{name}: model_type={kind!r} in config.json is not implemented; {', '.join(known)} are"
         )
@@ -283,26 +285,38 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     architecture = registry.family(variant)
     if architecture is None:
         raise UnsupportedConfig(f"{name}: timm's architecture {variant!r} is not implemented")
-    said = {"global_pool": config.get("global_pool"), **(config.get("model_args") or {})}
-    if said.pop("global_pool") not in ("avg", None):
-        raise UnsupportedConfig(f"{name}: global_pool in config.json is not implemented")
+    said = dict(config.get("model_args") or {})
     published = config.get("pretrained_cfg") or {}
     in_chans, *size = published.get("input_size") or (3, 224, 224)
-    in_chans = said.pop("in_chans", in_chans)
-    num_classes = config.get("num_classes", published.get("num_classes", 1000))
-    num_classes = said.pop("num_classes", num_classes)
-    if said:
-        raise UnsupportedConfig(f"{name}: model_args={said} in config.json is not implemented")
+    sizes = {
+        "in_chans": said.pop("in_chans", in_chans),
+        "num_classes": said.pop(
+            "num_classes", config.get("num_classes", published.get("num_classes", 1000))
+        ),
+    }
+    own = architecture.variants[variant]
+    if hasattr(own, "img_size"):  # the number of position embeddings follows from it
+        sizes["img_size"] = as_size(said.pop("img_size", size))
+    known = architecture.timm_args
+    if unknown := {arg: x for arg, x in said.items() if arg not in known}:
+        raise UnsupportedConfig(f"{name}: model_args={unknown} in config.json is not implemented")
+    own = config_from(
+        type(own), {**vars(own), **sizes, **{known[arg]: x for arg, x in said.items()}}
+    )
+    pool = getattr(own, known["global_pool"]) if "global_pool" in known else "avg"
+    if config.get("global_pool") not in (pool, None):
+        raise UnsupportedConfig(f"{name}: global_pool in config.json is not implemented")
+    num_classes = own.num_classes
     interpolation = published.get("interpolation", "bilinear")
     if interpolation not in INTERPOLATIONS:
         raise UnsupportedConfig(f"{name}: interpolation={interpolation!r} is not implemented")
     return Checkpoint(
         name=name,
         architecture=architecture.name,
-        config=replace(architecture.variants[variant], num_classes=num_classes, in_chans=in_chans),
+        config=own,
         source="",
         dialect="timm",
-        reference=Reference("timm", variant),
+        reference=Reference("timm", variant, said),
         task="image-classification" if num_classes else None,
         license=published.get("license"),
         preprocessing=Preprocessing(
@@ -311,6 +325,7 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
             interpolation=interpolation,
             mean=tuple(published.get("mean", Preprocessing.mean)),
             std=tuple(published.get("std", Preprocessing.std)),
+            crop_mode=published.get("crop_mode", "center"),
         ),
         labels=tuple(config.get("label_names") or ()),
     )

@@ -19,12 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo import describe, registry
-from mlx_zoo.catalogue import Architecture, Checkpoint, config_from
+from mlx_zoo.catalogue import Architecture, Checkpoint, as_size, config_from
 from mlx_zoo.converting import (
     Converted,
     Request,
     converted,
-    given,
     manifest_of,
     no_head,
     warn_once,
@@ -66,7 +65,8 @@ def load(
         num_classes: where it differs from the checkpoint's, the head is fresh; the log says so.
         in_chans: channels of the input, None for the checkpoint's own. The weights of the first
             convolution are summed or repeated to fit.
-        img_size: side of the images, for networks whose parameters depend on it.
+        img_size: side of the images, or (H, W), for networks whose parameters depend on it: the
+            position embeddings are resampled.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's own.
         revision: branch, tag or commit of a hub repository. The commit of the first load stays in
             use until another is asked for.
@@ -88,13 +88,15 @@ def load(
     if pretrained is True:
         checkpoint = describe.complete(checkpoint, place)
     architecture = registry.architectures()[checkpoint.architecture]
+    img_size = None if img_size is None else as_size(img_size)
     _check_arguments(architecture, task, num_classes, in_chans, img_size)
     dtype = None if dtype is None else as_dtype(dtype)
     wanted = _configure(checkpoint, task, config)
-
+    request = Request(
+        checkpoint, architecture, wanted, num_classes, in_chans, img_size, dtype, allow_nonfinite
+    )
     if pretrained is False:
-        sizes = {"num_classes": num_classes, "in_chans": in_chans}
-        model = architecture.model(replace(wanted, **given(sizes)))
+        model = architecture.model(replace(wanted, **request.sizes))
         model.checkpoint = None
         model.set_dtype(dtype or mx.float32)
         return _ready(model)
@@ -102,9 +104,7 @@ def load(
     if pretrained is not True:
         checkpoint = describe.with_weights_of(checkpoint, pretrained, place)
         wanted = _configure(checkpoint, task, config)
-    request = Request(
-        checkpoint, architecture, wanted, num_classes, in_chans, dtype, allow_nonfinite
-    )
+        request = replace(request, checkpoint=checkpoint, config=wanted)
     found = converted(request, place)
     model = _network(found, request)
     if verify:
@@ -146,15 +146,19 @@ def _check_arguments(architecture, task, num_classes, in_chans, img_size) -> Non
         raise ValueError(f"in_chans={in_chans}: {name} takes {inputs}")
     if not (in_chans is None or (isinstance(in_chans, int) and in_chans > 0)):
         raise ValueError(f"in_chans={in_chans!r}: a count is needed")
-    if img_size is not None:
+    if img_size is not None and not hasattr(_any_config(architecture), "img_size"):
         kind = "images of any size" if inputs == "images" else inputs
         raise ValueError(f"img_size={img_size}: {name} takes {kind}")
+
+
+def _any_config(architecture: Architecture) -> Any:
+    return next(iter(architecture.variants.values()))
 
 
 def _check_head_size(architecture: Architecture, task: str | None, num_classes: int) -> None:
     if task is None:
         raise ValueError(f"num_classes={num_classes}: of which head? give task=, too")
-    config = replace(next(iter(architecture.variants.values())), task=task)
+    config = replace(_any_config(architecture), task=task)
     size = architecture.head_size(config)
     if size is None:
         raise ValueError(f"num_classes={num_classes}: {task} has no classes to count")
@@ -165,9 +169,9 @@ def _check_head_size(architecture: Architecture, task: str | None, num_classes: 
 
 def _configure(checkpoint: Checkpoint, task: str | None, options: Mapping[str, Any]) -> Any:
     """The checkpoint's config with a task and what the user said."""
-    config = checkpoint.config
+    config, architecture = checkpoint.config, registry.architectures()[checkpoint.architecture]
     if hasattr(config, "task"):
-        options = {"task": task, **options}
+        options = {"task": task or architecture.default_task, **options}
     return config_from(type(config), {**vars(config), **options})
 
 
@@ -200,6 +204,8 @@ def _adapted(model: nn.Module, request: Request) -> nn.Module:
     config = model.config
     if request.in_chans not in (None, getattr(config, "in_chans", None)):
         model.reset_input(request.in_chans)
+    if request.img_size not in (None, getattr(config, "img_size", None)):
+        model.reset_size(request.img_size)
     other_task = request.task is not None and request.task != config.task
     if other_task or request.num_classes not in (None, request.architecture.head_size(config)):
         if request.num_classes:

@@ -228,7 +228,7 @@ ARCHITECTURE = Architecture(
     },
     inputs="tokens",
     tasks=tuple(task for task in HEADS if task),
-    model_type="bert",
+    model_types=("bert",),
     read_config=from_transformers,
     classes=CLASSES,
     files=wanted_files,

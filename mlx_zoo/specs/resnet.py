@@ -102,8 +102,8 @@ CHECKPOINTS = (
     *read_table(
         Path(__file__).with_suffix(".tsv"),
         "resnet",
-        lambda variant, num_classes, in_chans: replace(
-            RESNETS[variant], num_classes=num_classes, in_chans=in_chans
+        lambda row: replace(
+            RESNETS[row["name"].partition(".")[0]], num_classes=int(row["num_classes"])
         ),
     ),
 )
@@ -115,7 +115,7 @@ ARCHITECTURE = Architecture(
     dialects={"torchvision": TORCHVISION, "timm": TORCHVISION, "transformers": TRANSFORMERS},
     inputs="images",
     tasks=("image-classification",),
-    model_type="resnet",
+    model_types=("resnet",),
     read_config=from_transformers,
     classes={"ResNetForImageClassification": "image-classification", "ResNetModel": None},
     without_head=lambda config: replace(config, num_classes=0),

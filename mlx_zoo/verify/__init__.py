@@ -45,7 +45,8 @@ def verify(
     Args:
         model: a name as `load` takes it, or a loaded network, changed or not.
         pretrained, **options: as `load` takes them, where a name is given.
-        size: side of the images (None: as published) or number of tokens (64).
+        size: side of the images (None: as published) or number of tokens (64). A network that
+            takes images of one size gets those.
         seed: of the inputs.
         device: "cpu", or "gpu" for the default device, whose float32 may not be real float32.
 
@@ -88,11 +89,12 @@ def _check_is_the_checkpoints(model: nn.Module) -> None:
     own = model.checkpoint.config
     if size and not architecture.keeps_head(model.checkpoint, task, size):
         raise VerificationError("the head of this network is fresh: there is nothing to compare")
-    if getattr(config, "in_chans", None) != getattr(own, "in_chans", None):
-        raise VerificationError(
-            f"this network was adapted to {config.in_chans} channels, its original takes "
-            f"{own.in_chans}: there is nothing to compare"
-        )
+    for name in ("in_chans", "img_size"):
+        if getattr(config, name, None) != getattr(own, name, None):
+            raise VerificationError(
+                f"this network was adapted to {name}={getattr(config, name)}, its original has "
+                f"{getattr(own, name)}: there is nothing to compare"
+            )
 
 
 def _can_run_original(checkpoint) -> bool:
@@ -127,6 +129,7 @@ class Pair:
 
 def _against_original(model: nn.Module, place: Place, size: int | None, seed: int) -> Report:
     checkpoint, architecture = model.checkpoint, registry.of_model(model)
+    size = getattr(model.config, "img_size", size)
     if size is None:
         published = checkpoint.preprocessing.size if checkpoint.preprocessing else 224
         size = published if architecture.inputs == "images" else 64
@@ -179,17 +182,26 @@ def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, 
     """
     there = dict(original.named_modules())
     apart = tuple(architecture.parts(model.config).values())
-    pairs = {}
-    spec = architecture.dialects[model.checkpoint.dialect]
-    for upstream, ours in engine.layer_links(model, spec).items():
-        if not upstream or upstream.startswith(apart):
-            continue
-        names = [name for name in there if name == upstream or name.endswith("." + upstream)]
-        if not names:
-            raise VerificationError(f"the original has no layer {upstream}")
-        for part, name in enumerate(ours):
-            pairs[name] = Pair(name, min(names, key=len), part, len(ours))
-    return pairs
+    own = model.checkpoint.dialect
+    publisher = own.partition(",")[0]
+    # A library may give the layers of an old file new names: another of its dialects has those.
+    others = [name for name in architecture.dialects if name.partition(",")[0] == publisher]
+    unknown: dict[str, list[str]] = {}
+    for dialect in (own, *others):
+        pairs = {}
+        unknown[dialect] = []
+        for upstream, ours in engine.layer_links(model, architecture.dialects[dialect]).items():
+            if not upstream or upstream.startswith(apart):
+                continue
+            names = [name for name in there if name == upstream or name.endswith("." + upstream)]
+            if not names:
+                unknown[dialect].append(upstream)
+                continue
+            for part, name in enumerate(ours):
+                pairs[name] = Pair(name, min(names, key=len), part, len(ours))
+        if not unknown[dialect]:
+            return pairs
+    raise VerificationError(f"the original has no layer {unknown[own][0]}")
 
 
 def _against_stored(model: nn.Module) -> Report:

@@ -27,16 +27,20 @@ def as_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32))
 
 
-def random_inputs(kind: str, config: Any, size: int, seed: int) -> dict[str, np.ndarray]:
+def random_inputs(
+    kind: str, config: Any, size: int | tuple[int, int], seed: int
+) -> dict[str, np.ndarray]:
     """Seeded inputs for a network of `kind` "images" or "tokens", a batch of two.
 
-    Images are (2, size, size, C), of mean 0 and deviation 1. Tokens are (2, N): ids, a mask with
-    the end of the second row left out, and token types.
+    Images are (2, H, W, C), of mean 0 and deviation 1. Tokens are (2, N): ids, a mask with the end
+    of the second row left out, and token types.
     """
     rng = np.random.default_rng(seed)
     if kind == "images":
-        images = rng.standard_normal((2, size, size, config.in_chans))
+        height, width = (size, size) if isinstance(size, int) else size
+        images = rng.standard_normal((2, height, width, config.in_chans))
         return {"pixel_values": images.astype(np.float32)}
+    assert isinstance(size, int)
     length = min(size, config.max_positions)
     shape: tuple[int, ...] = (2, 3, length) if config.task == "multiple-choice" else (2, length)
     mask = np.ones(shape, np.int32)

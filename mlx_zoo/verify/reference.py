@@ -206,7 +206,12 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
             return _sentence_transformer(folder)
         classes = registry.architectures()[checkpoint.architecture].classes
         task = getattr(config, "task", "image-classification")  # a body is that without its head
-        name = next(name for name, its_task in classes.items() if its_task == task)
+        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        name = next(
+            name
+            for name, its_task in classes.items()
+            if its_task == task and getattr(transformers, name).config_class.model_type == kind
+        )
         options = {"add_pooling_layer": config.pooler} if name == "BertModel" else {}
         model, loading = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", **options
