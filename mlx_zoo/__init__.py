@@ -5,6 +5,7 @@ from mlx_zoo.backend.blas import load_fast_blas
 load_fast_blas()  # before anything imports mlx.core: afterwards it would have no effect
 
 from mlx_zoo import errors
+from mlx_zoo.quantization import quantize
 from mlx_zoo.registry import list_models
 from mlx_zoo.tasks import pipeline
 from mlx_zoo.verify import verify
@@ -19,5 +20,6 @@ __all__ = [
     "list_models",
     "load",
     "pipeline",
+    "quantize",
     "verify",
 ]

@@ -6,29 +6,15 @@ import csv
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache, cached_property
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from mlx_zoo.mapping.spec import Spec
+from mlx_zoo.preprocess.image import Preprocessing
 
 DATA = Path(__file__).parent / "data"  # what ships with the package
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images are prepared for a network, as its publisher did when measuring accuracy."""
-
-    size: int  # of the square that the network sees, in pixels
-    resize: int  # of the shorter side, before the centre is cropped to `size`
-    interpolation: str = "bilinear"  # or "bicubic", "lanczos"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # subtracted from values in [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    test_size: int | None = None  # a larger size at which the publisher also measured
-    test_resize: int | None = None
-    # How the square is cut: "center"; "squash": both sides are resized; "border": all is kept.
-    crop_mode: str = "center"
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,6 @@ class Checkpoint:
     accuracy: Mapping[str, float] = field(default_factory=dict)  # {"acc1": 69.758}: ImageNet, %
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
-    paper: str | None = None
     aliases: tuple[str, ...] = ()
     default: bool = False  # what the bare name of the variant means
 
@@ -77,9 +62,13 @@ class Architecture:
     name: str
     model: type[Any]  # an mlx.nn.Module made from a config
     variants: Mapping[str, Any]  # name -> frozen config
-    dialects: Mapping[str, Spec]  # publisher (and what sets it apart) -> Spec
+    # Publisher (and what sets it apart) -> Spec; where names count the blocks, by the config.
+    dialects: Mapping[str, Spec | Callable[[Any], Spec]]
     inputs: str  # "images" or "tokens"
     tasks: tuple[str, ...]
+    paper: str = ""  # authors, year, arXiv number
+    # What the weights of a task serve besides: those of "pretraining" also fill masks.
+    also: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)
     default_task: str | None = None  # what load() gives where no task is asked for
     model_types: tuple[str, ...] = ()  # in transformers' config.json
     read_config: Callable[[Mapping[str, Any]], Any] = lambda config: None  # config.json -> config
@@ -101,11 +90,16 @@ class Architecture:
     # How many outputs the head has; None where that is not for the user to say.
     head_size: Callable[[Any], int | None] = lambda config: config.num_classes
     fixed_sizes: Mapping[str, int] = field(default_factory=dict)  # tasks that say it themselves
+    full_precision: tuple[str, ...] = ()  # layers that quantisation leaves alone; `*` is anything
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def spec(self, dialect: str, config: Any) -> Spec:
+        """How a network of that config is written in a dialect."""
+        found = self.dialects[dialect]
+        return found if isinstance(found, Spec) else found(config)
+
+    def fingerprint(self, config: Any) -> str:
         """Changes when any dialect changes, and with it what a conversion yields."""
-        text = "".join(spec.fingerprint for spec in self.dialects.values())
+        text = "".join(self.spec(dialect, config).fingerprint for dialect in self.dialects)
         return sha256(text.encode()).hexdigest()[:16]
 
 

@@ -100,18 +100,23 @@ def show(value: Any) -> None:
 @main.command("list")
 @click.argument("pattern", default="*")
 @click.option("--pretrained", is_flag=True, help="Only names with published weights.")
+@click.option("--family", help="An architecture: vit.")
+@click.option("--task", help="For which there is a head: fill-mask.")
+@click.option("--source", help="Whose weights: torchvision, timm, transformers.")
+@click.option("--max-params", type=float, help="The most parameters: 25e6.")
 @click.option("--markdown", is_flag=True, help="A table of what can be loaded, as in the README.")
 @as_json
-def list_models(pattern: str, pretrained: bool, markdown: bool, as_json: bool) -> None:
+def list_models(pattern: str, markdown: bool, as_json: bool, **filters: Any) -> None:
     """The models whose names match PATTERN ('resnet50*')."""
     if markdown:
-        click.echo(_markdown(pattern))
+        click.echo(_markdown(pattern, **filters))
         return
-    names = mlx_zoo.list_models(pattern, pretrained=pretrained)
+    names = mlx_zoo.list_models(pattern, **filters)
     if as_json:
         show(names)
         return
-    click.echo("\n".join(names) if names else f"no model matches {pattern}")
+    chosen = [f"--{k.replace('_', '-')} {v}" for k, v in filters.items() if v]
+    click.echo("\n".join(names) if names else f"no model matches {' '.join([pattern, *chosen])}")
 
 
 @main.command()
@@ -344,34 +349,52 @@ def demo(as_json: bool) -> None:
 
 def _card(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint as the lines of a model card."""
+    architecture = registry.architectures()[checkpoint.architecture]
     facts: dict[str, Any] = {
         "name": checkpoint.name,
-        "architecture": checkpoint.architecture,
+        "architecture": architecture.name,
+        "paper": architecture.paper,
         "source": checkpoint.source,
+        "revision": checkpoint.revision or _revision_policy(checkpoint),
+        "sha256": checkpoint.sha256
+        and checkpoint.sha256 + ("..." if len(checkpoint.sha256) < 64 else ""),
         "licence": checkpoint.license,
         "parameters": f"{registry.num_parameters(checkpoint):,}",
         "task": checkpoint.task,
+        "other tasks": ", ".join(architecture.also.get(checkpoint.task, ())),
         "accuracy": ", ".join(
             f"{k.replace('acc', 'top-')} {v:.2f} %" for k, v in checkpoint.accuracy.items()
         ),
     }
     if how := checkpoint.preprocessing:
+        cut = {"center": "centre crop", "squash": "squashed", "border": "with a border"}
         facts["input"] = (
-            f"{how.size} x {how.size}, from {how.resize} by {how.interpolation}; "
+            f"{how.size} x {how.size}, from {how.resize} by {how.interpolation}, "
+            f"{cut[how.crop_mode]}; "
             f"mean {', '.join(map(str, how.mean))}; std {', '.join(map(str, how.std))}"
         )
+    if names := checkpoint.labels:
+        facts["labels"] = f"{len(names)}: {', '.join(names[:5])}{', ...' if names[5:] else ''}"
     if checkpoint.reference:
         facts["original"] = f"{checkpoint.reference.library} {checkpoint.reference.name}".strip()
+    if checkpoint.source:
+        facts["load it with"] = f'mlx_zoo.load("{checkpoint.name}", pretrained=True)'
     return {name: fact for name, fact in facts.items() if fact}
 
 
-def _markdown(pattern: str) -> str:
+def _revision_policy(checkpoint: Checkpoint) -> str | None:
+    if not checkpoint.source.startswith("hf-hub:") or "@" in checkpoint.source:
+        return None
+    return "the newest at the first load, then that commit"
+
+
+def _markdown(pattern: str, **filters: Any) -> str:
     """One row for each bare name that has published weights."""
     rows = [
         "| model | parameters | checkpoints | top-1 | licence | original |",
         "|---|---:|---:|---:|---|---|",
     ]
-    for name in mlx_zoo.list_models(pattern, pretrained=True):
+    for name in mlx_zoo.list_models(pattern, **{**filters, "pretrained": True}):
         checkpoint = mlx_zoo.info(name)
         if not checkpoint.default or name != checkpoint.variant:
             continue

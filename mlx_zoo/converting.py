@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo import describe
-from mlx_zoo.catalogue import Architecture, Checkpoint
+from mlx_zoo.catalogue import Architecture, Checkpoint, config_from
 from mlx_zoo.describe import Place, as_source
 from mlx_zoo.errors import (
     CheckpointError,
@@ -28,6 +28,7 @@ from mlx_zoo.hub.fetch import Fetched, fetch_files, fetch_weights, resolve_revis
 from mlx_zoo.hub.source import DirectorySource, HubSource, Source, UrlSource
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.spec import Spec
+from mlx_zoo.quantization import Quantization, quantize, quantize_layers
 
 log = logging.getLogger("mlx_zoo")
 
@@ -44,6 +45,7 @@ class Request:
     img_size: int | tuple[int, int] | None = None
     dtype: mx.Dtype | None = None
     allow_nonfinite: bool = False
+    quantize: Quantization | None = None
 
     @property
     def task(self) -> str | None:
@@ -63,6 +65,7 @@ class Converted:
     weights: Mapping[str, mx.array]
     config: Any
     checkpoint: Checkpoint
+    quantization: Quantization | None = None
     entry: cache.Entry | None = None  # None where they could not be kept
 
 
@@ -92,10 +95,11 @@ def converted(request: Request, place: Place) -> Converted:
         {
             "source": origin.identity,
             "architecture": request.architecture.name,
-            "specs": request.architecture.fingerprint,
+            "specs": request.architecture.fingerprint(origin.config),
             "dialect": request.checkpoint.dialect,
             "config": asdict(origin.config),
             "dtype": str(request.dtype),
+            "quantize": request.quantize and asdict(request.quantize),
         }
     )
     found = _from_cache(key, request, place)
@@ -150,14 +154,33 @@ def _convert(key: str, origin: Origin, request: Request, place: Place) -> Conver
     checkpoint = replace(request.checkpoint, dialect=dialect)
     if is_bare(request.checkpoint):  # only now is it known what the file holds
         checkpoint = replace(checkpoint, config=config)
-    manifest = manifest_of(checkpoint, config, request.architecture, nonfinite)
+    weights, quantization = _quantized(weights, config, request)
+    manifest = manifest_of(checkpoint, config, request.architecture, nonfinite, quantization)
     manifest["source_sha256"] = fetched.sha256
     try:
         entry = cache.store(place.root, checkpoint.name, key, weights, manifest)
     except OSError as error:
         warn_once(f"converted weights cannot be kept in {place.root}: {error}")
         entry = None
-    return Converted(weights, config, checkpoint, entry)
+    return Converted(weights, config, checkpoint, quantization, entry)
+
+
+def network(architecture: Architecture, config: Any, how: Quantization | None) -> nn.Module:
+    """The network that such weights fill; nothing is allocated."""
+    model = architecture.model(config)
+    return model if how is None else quantize_layers(model, how)
+
+
+def _quantized(
+    weights: Mapping[str, mx.array], config: Any, request: Request
+) -> tuple[Mapping[str, mx.array], Quantization | None]:
+    """The weights as the user wants them quantised, if at all, and which layers that were."""
+    if request.quantize is None:
+        return weights, None
+    model = request.architecture.model(config)
+    model.load_weights(list(weights.items()), strict=True)
+    quantize(model, request.quantize.bits, group_size=request.quantize.group_size)
+    return engine.parameters(model), model.quantization
 
 
 def _fetch(source: Source, request: Request, place: Place) -> Fetched:
@@ -172,15 +195,20 @@ def _fetch(source: Source, request: Request, place: Place) -> Fetched:
 
 
 def manifest_of(
-    checkpoint: Checkpoint, config: Any, architecture: Architecture, nonfinite: list[str]
+    checkpoint: Checkpoint,
+    config: Any,
+    architecture: Architecture,
+    nonfinite: list[str],
+    quantization: Quantization | None,
 ) -> dict[str, Any]:
     """What is written beside converted weights: where they are from, and what they are."""
     assert checkpoint.dialect is not None
     return {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
-        "spec": architecture.dialects[checkpoint.dialect].fingerprint,
+        "spec": architecture.spec(checkpoint.dialect, config).fingerprint,
         "nonfinite": nonfinite,
+        "quantization": quantization and asdict(quantization),
         **describe.to_json(replace(checkpoint, folder=None), config),
     }
 
@@ -231,7 +259,7 @@ def _map(
             wish = architecture.fit(wish, frozenset(state))
             model = architecture.model(wish)
             dialect = choose_dialect(state, model, architecture, request.checkpoint)
-            weights = engine.to_mlx(state, model, architecture.dialects[dialect])
+            weights = engine.to_mlx(state, model, architecture.spec(dialect, wish))
         except MappingError as error:
             failure = failure or error
             continue
@@ -241,10 +269,11 @@ def _map(
 
 
 def _cast(weights: Mapping[str, mx.array], request: Request) -> Mapping[str, mx.array]:
-    """The weights in the type that was asked for, or in their own."""
+    """The weights in the type that was asked for, or in their own; packed integers stay."""
     if request.dtype is None:
         return weights
-    return {name: x.astype(request.dtype) for name, x in weights.items()}
+    floating = {name for name, x in weights.items() if mx.issubdtype(x.dtype, mx.floating)}
+    return {n: x.astype(request.dtype) if n in floating else x for n, x in weights.items()}
 
 
 def choose_dialect(
@@ -258,10 +287,10 @@ def choose_dialect(
     Raises MappingError: with the nearest miss where there is none, with all where there are two.
     """
     candidates: dict[str, Spec] = {}
-    for name, spec in architecture.dialects.items():
+    for name in architecture.dialects:
         publisher = name.partition(",")[0]
         if checkpoint.dialect in (None, name, publisher):
-            candidates[name] = spec
+            candidates[name] = architecture.spec(name, model.config)
     misses = {name: engine.mismatches(state, model, spec) for name, spec in candidates.items()}
     fitting: dict[tuple[engine.Link, ...], str] = {}
     for name, problems in misses.items():
@@ -335,7 +364,8 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
         if is_bare(checkpoint):
             checkpoint = replace(checkpoint, config=stored.config)
         checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
-        found = Converted(cache.read_weights(entry), config, checkpoint, entry)
+        how = _quantization_of(entry.manifest)
+        found = Converted(cache.read_weights(entry), config, checkpoint, how, entry)
     except CheckpointError as error:  # of another release, say
         cache.quarantine(place.root, entry.path, error)
         return None
@@ -344,6 +374,11 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
         return None
     _check_finite(entry.manifest.get("nonfinite"), request)
     return found
+
+
+def _quantization_of(manifest: Mapping[str, Any]) -> Quantization | None:
+    said = manifest.get("quantization")
+    return None if said is None else config_from(Quantization, said)
 
 
 def _from_folder(folder: Path, request: Request) -> Converted:
@@ -368,20 +403,29 @@ def _from_folder(folder: Path, request: Request) -> Converted:
     published = vars(request.checkpoint.config)
     said = {k: v for k, v in vars(request.config).items() if k != "task" and v != published[k]}
     config = replace(config, **said)
-    if engine.parameters(request.architecture.model(config)).keys() != weights.keys():
+    how = _quantization_of(entry.manifest)
+    if engine.parameters(network(request.architecture, config, how)).keys() != weights.keys():
         raise CheckpointError(f"{folder}: its weights and config disagree")
     if request.task != getattr(config, "task", None):
-        config, weights = _other_task(config, weights, folder, request)
+        config, weights = _other_task(config, weights, how, folder, request)
     if request.dtype is not None:
         weights = _cast(weights, request)
         _check_finite(engine.nonfinite(weights), request)
     _check_finite(entry.manifest.get("nonfinite"), request)
+    if how is None:
+        weights, how = _quantized(weights, config, request)
+    elif request.quantize not in (None, Quantization(how.bits, how.group_size)):
+        raise ValueError(f"{folder} holds weights of {how.bits} bits: leave out quantize=")
     checkpoint = replace(checkpoint, folder=str(folder))
-    return Converted(weights, config, checkpoint, entry)
+    return Converted(weights, config, checkpoint, how, entry)
 
 
 def _other_task(
-    config: Any, weights: Mapping[str, mx.array], folder: Path, request: Request
+    config: Any,
+    weights: Mapping[str, mx.array],
+    how: Quantization | None,
+    folder: Path,
+    request: Request,
 ) -> tuple[Any, Mapping[str, mx.array]]:
     """A converted network for another task, where its tensors and files suffice, else its body."""
     architecture, task = request.architecture, request.task
@@ -391,8 +435,8 @@ def _other_task(
         files = describe.files_of(DirectorySource(folder), architecture, wish, Place())
         wish = architecture.fit(architecture.read_files(wish, files), frozenset())
         stored = replace(request.checkpoint, config=config, task=config.task)
-        wanted = engine.parameters(architecture.model(wish)).keys()
+        wanted = engine.parameters(network(architecture, wish, how)).keys()
         if wanted <= weights.keys() and architecture.keeps_head(stored, task, request.num_classes):
             return wish, {name: weights[name] for name in wanted}
-    wanted = engine.parameters(architecture.model(body)).keys()
+    wanted = engine.parameters(network(architecture, body, how)).keys()
     return body, {name: weights[name] for name in wanted}

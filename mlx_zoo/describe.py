@@ -33,6 +33,7 @@ from mlx_zoo.hub.source import (
 )
 from mlx_zoo.preprocess.files import read_json
 from mlx_zoo.preprocess.image import INTERPOLATIONS
+from mlx_zoo.preprocess.processor import read_processor
 from mlx_zoo.preprocess.sentence import sentence_files
 from mlx_zoo.preprocess.text import TOKENIZER_FILES
 
@@ -96,7 +97,12 @@ def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
     assert isinstance(source, HubSource)
     own = read(source, place)
     task = checkpoint.task if own.task is None else own.task
-    found = {"config": own.config, "labels": own.labels, "revision": own.revision}
+    found = {
+        "config": own.config,
+        "labels": own.labels,
+        "revision": own.revision,
+        "preprocessing": own.preprocessing or checkpoint.preprocessing,
+    }
     return replace(checkpoint, task=task, **found)
 
 
@@ -145,7 +151,7 @@ def _differences(own: Checkpoint, other: Checkpoint) -> str:
         return f"{own.architecture}, not {other.architecture}"
     ours, theirs = vars(own.config), vars(other.config)
     free = {"num_classes", "in_chans", "task", "pooler", "pooling", "dense", "normalize"}
-    free |= {name for name in ours if "dropout" in name}
+    free |= {name for name in ours if "drop" in name}
     return ", ".join(
         f"{name}={value!r}, not {theirs[name]!r}"
         for name, value in ours.items()
@@ -191,8 +197,9 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
         checkpoint = read_config(config, name)
         architecture = registry.architectures()[checkpoint.architecture]
         architecture.model(checkpoint.config)  # lazy: nothing is allocated
-        if architecture.inputs == "images" and "preprocessor_config.json" in files:
-            how = _preprocessing(read_json(files["preprocessor_config.json"]))
+        processor = files.get("preprocessor_config.json")
+        if processor and architecture.inputs == "images" and checkpoint.preprocessing is None:
+            how = read_processor(read_json(processor), config.get("model_type"))
             checkpoint = replace(checkpoint, preprocessing=how)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
@@ -328,28 +335,6 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
             crop_mode=published.get("crop_mode", "center"),
         ),
         labels=tuple(config.get("label_names") or ()),
-    )
-
-
-def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """transformers' preprocessor_config.json. Raises UnsupportedConfig for a kind not known."""
-    size = config.get("size") or {}
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
-    edge = size.get("shortest_edge", size.get("height"))
-    if edge is None or size.get("width", edge) != edge:
-        raise UnsupportedConfig(f"size={size} in preprocessor_config.json is not implemented")
-    crop = config.get("crop_size") or edge
-    crop = crop if isinstance(crop, int) else crop["height"]
-    resize = edge
-    if "crop_pct" in config:  # ConvNext's way, which microsoft/resnet-* follow
-        crop = edge
-        resize = timm_resize(edge, config["crop_pct"]) if edge < 384 else edge
-    return Preprocessing(
-        size=crop,
-        resize=resize,
-        interpolation={1: "lanczos", 2: "bilinear", 3: "bicubic"}[config.get("resample", 2)],
-        mean=tuple(config.get("image_mean") or Preprocessing.mean),
-        std=tuple(config.get("image_std") or Preprocessing.std),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
@@ -15,6 +15,9 @@ from mlx_zoo import specs
 from mlx_zoo.catalogue import Architecture, Checkpoint
 from mlx_zoo.errors import UnknownModel
 from mlx_zoo.mapping import engine
+
+
+FEATURES = "image-feature-extraction"  # of any image network: it needs no head
 
 
 @cache
@@ -30,18 +33,72 @@ def checkpoints() -> dict[str, Checkpoint]:
     return {c.name: c for c in sorted(found, key=lambda c: c.name)}
 
 
-def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+def list_models(
+    pattern: str = "*",
+    *,
+    pretrained: bool = False,
+    family: str | None = None,
+    task: str | None = None,
+    source: str | None = None,
+    max_params: float | None = None,
+) -> list[str]:
     """The sorted names that match an fnmatch `pattern`, dashes and underscores alike.
 
-    Without `pretrained`, the names of bare architectures are included: they can be built with
-    random weights.
+    Args:
+        pattern: "resnet*", "*clip*".
+        pretrained: leave out the names of bare architectures, which have random weights only.
+        family: an architecture: "vit".
+        task: for which the network has, or takes, a head: "fill-mask". Published weights whose
+            head is for another task are left out.
+        source: whose weights: "torchvision", "timm", "transformers".
+        max_params: the most parameters: 25e6.
+
+    Raises:
+        ValueError: a family, task or source that there is not.
     """
     if not isinstance(pattern, str):
         raise ValueError(f"pattern={pattern!r}: text such as 'resnet*' is needed")
+    known = architectures()
+    _check_filter("family", family, known)
+    _check_filter("task", task, {FEATURES, *(task for a in known.values() for task in a.tasks)})
+    _check_filter("source", source, {publisher(c) for c in checkpoints().values()})
     names = set(checkpoints()) | {c.variant for c in checkpoints().values() if c.default}
     if not pretrained:
-        names |= {name for a in architectures().values() for name in a.variants}
-    return sorted(name for name in names if fnmatchcase(key(name), key(pattern)))
+        names |= {name for a in known.values() for name in a.variants}
+    return sorted(
+        name
+        for name in names
+        if fnmatchcase(key(name), key(pattern))
+        and _is_wanted(find(name), family, task, source, max_params)
+    )
+
+
+def _check_filter(name: str, value: str | None, known: Iterable[str]) -> None:
+    if value is not None and value not in known:
+        raise ValueError(f"{name}={value!r}: one of {', '.join(sorted(known))} is needed")
+
+
+def _is_wanted(checkpoint: Checkpoint, family, task, source, max_params) -> bool:
+    architecture = architectures()[checkpoint.architecture]
+    if family not in (None, architecture.name) or source not in (None, publisher(checkpoint)):
+        return False
+    if task is not None and not _serves(checkpoint, architecture, task):
+        return False
+    return max_params is None or num_parameters(checkpoint) <= max_params
+
+
+def _serves(checkpoint: Checkpoint, architecture: Architecture, task: str) -> bool:
+    """Whether the published weights have a head for `task`; random ones may have any."""
+    if task == FEATURES:
+        return architecture.inputs == "images"
+    if checkpoint.task == task or not checkpoint.source:
+        return task in architecture.tasks
+    return task in architecture.also.get(checkpoint.task, ())
+
+
+def publisher(checkpoint: Checkpoint) -> str:
+    """Whose original a checkpoint is: "timm"; "" of random weights."""
+    return checkpoint.reference.library if checkpoint.reference else ""
 
 
 def find(name: str) -> Checkpoint:

@@ -18,13 +18,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zoo import describe, registry
+from mlx_zoo import describe, quantization, registry
 from mlx_zoo.catalogue import Architecture, Checkpoint, as_size, config_from
 from mlx_zoo.converting import (
     Converted,
     Request,
     converted,
     manifest_of,
+    network,
     no_head,
     warn_once,
 )
@@ -32,6 +33,7 @@ from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.mapping import engine
+from mlx_zoo.quantization import as_quantization
 
 log = logging.getLogger("mlx_zoo")
 
@@ -52,6 +54,7 @@ def load(
     local_files_only: bool = False,
     verify: bool = False,
     allow_nonfinite: bool = False,
+    quantize: int | Mapping[str, int] | None = None,
     **config: Any,
 ) -> nn.Module:
     """Load a network, in eval mode, every parameter evaluated.
@@ -74,6 +77,8 @@ def load(
         local_files_only: never ask the network.
         verify: compare with the PyTorch original, once, and keep the result.
         allow_nonfinite: let weights with NaN or infinity pass.
+        quantize: bits of a weight (2 to 8), or {"bits": 4, "group_size": 32}: as mlx_zoo.quantize
+            does it, kept in the cache.
         **config: fields of the architecture's config, as `dropout=0.0`.
 
     Returns:
@@ -93,12 +98,22 @@ def load(
     dtype = None if dtype is None else as_dtype(dtype)
     wanted = _configure(checkpoint, task, config)
     request = Request(
-        checkpoint, architecture, wanted, num_classes, in_chans, img_size, dtype, allow_nonfinite
+        checkpoint=checkpoint,
+        architecture=architecture,
+        config=wanted,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        img_size=img_size,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        quantize=as_quantization(quantize),
     )
     if pretrained is False:
         model = architecture.model(replace(wanted, **request.sizes))
-        model.checkpoint = None
+        model.checkpoint = model.quantization = None
         model.set_dtype(dtype or mx.float32)
+        if how := request.quantize:
+            quantization.quantize(model, how.bits, group_size=how.group_size)
         return _ready(model)
 
     if pretrained is not True:
@@ -188,7 +203,7 @@ def _check_head(found: Converted, request: Request) -> None:
 def _network(found: Converted, request: Request) -> nn.Module:
     """The network that the weights fill exactly."""
     _check_head(found, request)
-    model = request.architecture.model(found.config)
+    model = network(request.architecture, found.config, found.quantization)
     try:
         model.load_weights(list(found.weights.items()), strict=True)
     except ValueError as error:
@@ -196,6 +211,7 @@ def _network(found: Converted, request: Request) -> nn.Module:
             f"{found.checkpoint.name}: converted weights and config disagree: {error}"
         ) from error
     model.checkpoint = found.checkpoint
+    model.quantization = found.quantization
     return _ready(model)
 
 
@@ -218,8 +234,9 @@ def _adapted(model: nn.Module, request: Request) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> mx.Dtype:
-    """The type of the first parameter."""
-    return next(iter(engine.parameters(model).values())).dtype
+    """The type of the first parameter that holds floats."""
+    kinds = (x.dtype for x in engine.parameters(model).values())
+    return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
 
 
 def _ready(model: nn.Module) -> nn.Module:
@@ -258,7 +275,7 @@ def _verify_once(model: nn.Module, found: Converted, place: Place) -> None:
 
 
 def convert(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | nn.Module,
     path: str | os.PathLike[str],
     pretrained: bool | str | os.PathLike[str] = True,
     **options: Any,
@@ -266,7 +283,7 @@ def convert(
     """Write a self-contained folder that `load("local-dir:" + path, pretrained=True)` reads.
 
     Args:
-        name, pretrained, **options: as `load` takes them.
+        name, pretrained, **options: as `load` takes them; or a loaded network, as it is now.
         path: a folder that does not exist yet, or is empty.
 
     Returns:
@@ -281,12 +298,21 @@ def convert(
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; give a folder that is new or empty")
-    model = load(name, pretrained, **options)
-    checkpoint = model.checkpoint
+    if isinstance(name, nn.Module):
+        if changing := sorted(options.keys() - {"cache_dir", "local_files_only"}):
+            raise ValueError(f"{', '.join(changing)}: a loaded network is written as it is")
+        model = name
+    else:
+        model = load(name, pretrained, **options)
+    checkpoint = getattr(model, "checkpoint", None)
+    if checkpoint is None:
+        raise ValueError("this network has random weights: there is nothing to convert")
     weights = engine.parameters(model)
     architecture = registry.architectures()[checkpoint.architecture]
     nonfinite = engine.nonfinite(weights)
-    manifest = manifest_of(checkpoint, model.config, architecture, nonfinite)
+    manifest = manifest_of(
+        checkpoint, model.config, architecture, nonfinite, getattr(model, "quantization", None)
+    )
     place = Place(options.get("cache_dir"), options.get("local_files_only", False))
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = cache.working_folder(folder.parent)
@@ -323,7 +349,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
     name = dialect or own or next(iter(architecture.dialects))
     if name not in architecture.dialects:
         raise ValueError(f"dialect={name!r}: one of {'; '.join(architecture.dialects)} is needed")
-    state = engine.to_torch(weights, model, architecture.dialects[name])
+    state = engine.to_torch(weights, model, architecture.spec(name, model.config))
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = cache.working_folder(target.parent)

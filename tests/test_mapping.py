@@ -612,7 +612,7 @@ def with_extras(state, spec):
 @pytest.mark.parametrize(("architecture", "dialect", "config"), cases())
 def test_there_and_back_bit_for_bit(architecture, dialect, config, dtype):
     spec, model, rng = (
-        architecture.dialects[dialect],
+        architecture.spec(dialect, config),
         architecture.model(config),
         np.random.default_rng(0),
     )
@@ -666,7 +666,7 @@ def test_bert_goes_back_to_the_names_of_its_original(kind, task, tied, dialect):
     state = original_state(kind(config), np.random.default_rng(0))
     ours = replace(architecture.read_config(config.to_dict()), task=task)
     model = architecture.model(architecture.fit(ours, frozenset(state)))
-    spec = architecture.dialects[dialect]
+    spec = architecture.spec(dialect, config)
     tied_names = {*spec.tied, *spec.spare}
     wanted = {name: x for name, x in state.items() if name not in tied_names}
     same_bits(to_torch(to_mlx(state, model, spec), model, spec), wanted)
@@ -694,7 +694,7 @@ def test_resnet_goes_back_to_the_names_of_its_original(library, name):
     else:
         original = torchvision.models.get_model(name)
     state = original_state(original, np.random.default_rng(0))
-    model, spec = architecture.model(config), architecture.dialects[library]
+    model, spec = architecture.model(config), architecture.spec(library, config)
     wanted = {n: x for n, x in state.items() if not n.endswith("num_batches_tracked")}
     assert len(wanted) < len(state)
     same_bits(to_torch(to_mlx(state, model, spec), model, spec), wanted)

@@ -20,7 +20,7 @@ AXES: dict[type[nn.Module], tuple[int, ...]] = {
 }
 
 # The layers whose activations MLX keeps channels-last.
-CHANNELS_LAST: tuple[type[nn.Module], ...] = (*AXES, nn.BatchNorm)
+CHANNELS_LAST: tuple[type[nn.Module], ...] = (*AXES, nn.BatchNorm, nn.GroupNorm)
 
 
 def axes_of(layer: nn.Module, ndim: int) -> tuple[int, ...]:

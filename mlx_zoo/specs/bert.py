@@ -228,6 +228,11 @@ ARCHITECTURE = Architecture(
     },
     inputs="tokens",
     tasks=tuple(task for task in HEADS if task),
+    paper="Devlin et al. 2018, arXiv:1810.04805",
+    also={
+        "pretraining": ("fill-mask", "next-sentence-prediction", "sentence-embedding"),
+        "fill-mask": ("sentence-embedding",),
+    },
     model_types=("bert",),
     read_config=from_transformers,
     classes=CLASSES,
@@ -237,6 +242,8 @@ ARCHITECTURE = Architecture(
     keeps_head=keeps_head,
     head_size=head_size,
     fixed_sizes=FIXED_SIZES,
+    full_precision=("position_embed", "token_type_embed", "pooler", "nsp", "classifier")
+    + ("qa_outputs", "dense.*", "mlm.*"),
     fit=fit,
     without_head=lambda config: replace(config, task=None, dense=()),
 )

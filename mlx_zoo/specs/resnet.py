@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt and Wide ResNet: torchvision, timm and transformers (microsoft/resnet-*)."""
+"""ResNet and its descendants: torchvision, timm and transformers (microsoft/resnet-*)."""
 
 from __future__ import annotations
 
@@ -97,8 +97,25 @@ def bundled_digits() -> Checkpoint:
     )
 
 
+def of_microsoft(name: str) -> Checkpoint:
+    """A repository of the hub; its own files have the last word when it is loaded."""
+    return Checkpoint(
+        name=name.replace("-", "_"),
+        architecture="resnet",
+        config=RESNETS[name.replace("-", "")],
+        source=f"hf-hub:microsoft/{name}",
+        dialect="transformers",
+        reference=Reference("transformers"),
+        task="image-classification",
+        license="apache-2.0",
+        aliases=(f"microsoft/{name}",),
+        default=True,
+    )
+
+
 CHECKPOINTS = (
     bundled_digits(),
+    *(of_microsoft(f"resnet-{depth}") for depth in (18, 26, 34, 50, 101, 152)),
     *read_table(
         Path(__file__).with_suffix(".tsv"),
         "resnet",
@@ -115,8 +132,18 @@ ARCHITECTURE = Architecture(
     dialects={"torchvision": TORCHVISION, "timm": TORCHVISION, "transformers": TRANSFORMERS},
     inputs="images",
     tasks=("image-classification",),
+    paper="He et al. 2015, arXiv:1512.03385",
     model_types=("resnet",),
+    full_precision=("fc",),
     read_config=from_transformers,
+    timm_args={
+        "layers": "depths",
+        "channels": "widths",
+        "cardinality": "groups",
+        "base_width": "base_width",
+        "avg_down": "avg_down",
+        "drop_path_rate": "drop_path",
+    },
     classes={"ResNetForImageClassification": "image-classification", "ResNetModel": None},
     without_head=lambda config: replace(config, num_classes=0),
 )

@@ -21,6 +21,7 @@ from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare, reference
+from mlx_zoo.verify.quantized import against_full_precision
 from mlx_zoo.verify.report import TOLERANCES, Report, judge
 
 __all__ = ["Report", "verify"]
@@ -40,7 +41,9 @@ def verify(
     """Compare a network with its PyTorch original on seeded inputs, in real float32.
 
     The original runs in float32 and in float64, which is the truth. Where PyTorch is not installed
-    and the checkpoint has stored outputs of the original, those are the evidence instead.
+    and the checkpoint has stored outputs of the original, those are the evidence instead. A
+    quantised network is compared with its own weights in full precision: the report's `effect` says
+    how often the top answer is the same, and a language model's perplexity before and after.
 
     Args:
         model: a name as `load` takes it, or a loaded network, changed or not.
@@ -61,8 +64,8 @@ def verify(
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
     if not isinstance(model, nn.Module):
-        # Said before anything is downloaded.
-        _can_run_original(describe.find(model, options.get("revision"), place))
+        if options.get("quantize") is None:  # said before anything is downloaded
+            _can_run_original(describe.find(model, options.get("revision"), place))
         model = zoo.load(
             model, pretrained, cache_dir=cache_dir, local_files_only=local_files_only, **options
         )
@@ -74,6 +77,8 @@ def verify(
     model.eval()
     try:
         with mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
+            if getattr(model, "quantization", None) is not None:
+                return against_full_precision(model, place, seed, _device())
             if _can_run_original(checkpoint):
                 return _against_original(model, place, size, seed)
             return _against_stored(model)
@@ -190,7 +195,8 @@ def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, 
     for dialect in (own, *others):
         pairs = {}
         unknown[dialect] = []
-        for upstream, ours in engine.layer_links(model, architecture.dialects[dialect]).items():
+        spec = architecture.spec(dialect, model.config)
+        for upstream, ours in engine.layer_links(model, spec).items():
             if not upstream or upstream.startswith(apart):
                 continue
             names = [name for name in there if name == upstream or name.endswith("." + upstream)]

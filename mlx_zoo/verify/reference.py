@@ -69,7 +69,7 @@ def run(
         return hook
 
     modules = dict(model.named_modules())
-    hooks = [modules[name].register_forward_hook(keep(name)) for name in layers]
+    hooks = [_observe(modules[name], keep(name)) for name in layers]
     try:
         with torch.no_grad():
             if len(inputs) == 1:  # images: every library has its own name for them
@@ -80,6 +80,20 @@ def run(
         for hook in hooks:
             hook.remove()
     return _outputs(output), seen
+
+
+def _observe(module, hook: Callable):
+    """Have `hook` called with what a layer gives.
+
+    timm's norms hold the activation that follows: what they give is what goes into it.
+    """
+    import torch
+
+    act = getattr(module, "act", None)
+    norms = (torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
+    if isinstance(module, norms) and isinstance(act, torch.nn.Module):
+        return act.register_forward_pre_hook(lambda module, args: hook(module, args, args[0]))
+    return module.register_forward_hook(hook)
 
 
 def _tensor(x: np.ndarray, dtype):
@@ -206,12 +220,14 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
             return _sentence_transformer(folder)
         classes = registry.architectures()[checkpoint.architecture].classes
         task = getattr(config, "task", "image-classification")  # a body is that without its head
-        kind = transformers.AutoConfig.from_pretrained(folder).model_type
-        name = next(
+        own = transformers.AutoConfig.from_pretrained(folder)
+        fitting = [
             name
             for name, its_task in classes.items()
-            if its_task == task and getattr(transformers, name).config_class.model_type == kind
-        )
+            if its_task == task
+            and getattr(transformers, name).config_class.model_type == own.model_type
+        ]
+        name = next((name for name in own.architectures or () if name in fitting), fitting[0])
         options = {"add_pooling_layer": config.pooler} if name == "BertModel" else {}
         model, loading = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", **options
@@ -251,6 +267,90 @@ def _sentence_transformer(folder: str):
             return self.original(dict(inputs))
 
     return Embedder()
+
+
+# Images -----------------------------------------------------------------------------------------
+
+
+def transform_of(
+    checkpoint: Checkpoint, files: Mapping[str, Path]
+) -> tuple[str, Callable[[Any], np.ndarray]]:
+    """The publisher's way from a Pillow image to a normalised array (H, W, C), after its name.
+
+    torchvision and timm keep one for each checkpoint, transformers builds one from `files`
+    (name -> path: preprocessor_config.json, config.json). Of a checkpoint that its library does not
+    know, it is torchvision's, set as the checkpoint says.
+
+    Raises MissingDependency; VerificationError where there is no such way.
+    """
+    library = checkpoint.reference.library if checkpoint.reference else "torchvision"
+    if not (is_installed(library) and is_installed("torchvision")):
+        raise MissingDependency(
+            f"the images of {checkpoint.name} as published need torch, torchvision and {library}: "
+            'pip install "mlx-zoo[torch]"'
+        )
+    if "preprocessor_config.json" in files:
+        return _transformers_transform(files)
+    own = {"torchvision": _torchvision_transform, "timm": _timm_transform}.get(library)
+    name, transform = (own and own(checkpoint)) or _same_transform(checkpoint)
+    return name, lambda image: transform(image).permute(1, 2, 0).numpy()
+
+
+def _torchvision_transform(checkpoint: Checkpoint):
+    models = import_torchvision().models
+    variant, _, tag = checkpoint.name.partition(".")
+    if variant not in models.list_models():
+        return None
+    weights = models.get_model_weights(variant)
+    if tag.upper() not in weights.__members__:
+        return None
+    return f"torchvision's {weights.__name__}.{tag.upper()}", weights[tag.upper()].transforms()
+
+
+def _timm_transform(checkpoint: Checkpoint):
+    import_torchvision()
+    import timm
+
+    name = checkpoint.name.rpartition("/")[2]  # of a repository
+    if not timm.is_model_pretrained(name):
+        return None
+    settings = timm.data.resolve_data_config(
+        pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict()
+    )
+    return f"timm's {name}", timm.data.create_transform(**settings)
+
+
+def _transformers_transform(files: Mapping[str, Path]):
+    """On Pillow: the other backend resizes with torch, a grey level apart here and there."""
+    import_torchvision()
+    from transformers import AutoImageProcessor
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in files.items():
+            Path(folder, name).symlink_to(Path(path).resolve())
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    def transform(image) -> np.ndarray:
+        return processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+
+    return f"transformers' {type(processor).__name__}", transform
+
+
+def _same_transform(checkpoint: Checkpoint):
+    transforms = import_torchvision().transforms
+    how = checkpoint.preprocessing
+    if how is None or how.crop_mode == "border":
+        raise VerificationError(f"no transform is published for the images of {checkpoint.name}")
+    resize = how.resize
+    if how.crop_mode == "squash" and isinstance(resize, int):
+        resize = (resize, resize)
+    steps = [
+        transforms.Resize(resize, transforms.InterpolationMode(how.interpolation)),
+        transforms.CenterCrop(how.size),
+        transforms.ToTensor(),
+        transforms.Normalize(how.mean, how.std),
+    ]
+    return "torchvision's transforms, set as the checkpoint says", transforms.Compose(steps)
 
 
 def _state_dict(weights: Sequence[Path]) -> dict[str, Any]:
