@@ -8,6 +8,7 @@ from mlx_zoo import errors
 from mlx_zoo.quantization import quantize
 from mlx_zoo.registry import list_models
 from mlx_zoo.tasks import pipeline
+from mlx_zoo.tasks.generation import generate
 from mlx_zoo.verify import verify
 from mlx_zoo.zoo import convert, export, info, load
 
@@ -16,6 +17,7 @@ __all__ = [
     "convert",
     "errors",
     "export",
+    "generate",
     "info",
     "list_models",
     "load",

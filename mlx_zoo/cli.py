@@ -70,7 +70,9 @@ NETWORK = (
     click.option("--task", help="Which head, for text networks."),
     click.option("--num-classes", type=int, help="Another number makes a fresh head."),
     click.option("--in-chans", type=int, help="Channels of the images."),
+    click.option("--img-size", type=int, help="Side of the images; positions are resampled."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"])),
+    click.option("--quantize", type=int, metavar="BITS", help="Weights of so many bits."),
 )
 
 
@@ -228,23 +230,125 @@ def verify(name: str, as_json: bool, device, size, seed, html: Path | None, **ch
 
 @main.command()
 @click.argument("name")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True)
+@click.argument("inputs", nargs=-1)
+@click.option("--top-k", type=click.IntRange(1), help="How many answers, where there are several.")
+@click.option("--context", help="A text, or @FILE with one, that answers questions.")
 @options(NETWORK, PLACE)
 @as_json
-def predict(name: str, images: tuple[str, ...], top_k: int, as_json: bool, **chosen: Any) -> None:
-    """Classify images."""
-    classify = mlx_zoo.pipeline(
-        "image-classification", mlx_zoo.load(name, **load_options(**chosen))
-    )
-    answers = classify(list(images), top_k=top_k)
+def predict(
+    name: str, inputs: tuple[str, ...], top_k: int | None, context, as_json: bool, **chosen: Any
+) -> None:
+    """Classify images or texts, find entities, fill masks, answer questions.
+
+    INPUTS are the files of images, or texts; without any, the lines of standard input. The task is
+    that of the weights, or --task.
+    """
+    inputs = inputs or tuple(sys.stdin.read().splitlines())
+    place = {"revision": chosen["revision"], "cache_dir": chosen["cache_dir"]}
+    checkpoint = mlx_zoo.info(name, local_files_only=chosen["offline"], **place)
+    task = chosen.pop("task") or _usual_task(checkpoint)
+    limit: dict[str, Any] = {} if top_k is None or task == "token-classification" else {"top_k": top_k}
+    if registry.architectures()[checkpoint.architecture].inputs == "images":
+        run = mlx_zoo.pipeline(task, name, **load_options(**chosen))
+    else:
+        run = mlx_zoo.pipeline(task, name, **load_options(**chosen, task=task))
+    if task == "token-classification":
+        limit["aggregation_strategy"] = "simple"
+    questions: list[Any] = list(inputs)
+    if task == "question-answering":
+        if context is None:
+            raise click.UsageError("question-answering needs --context")
+        if context.startswith("@"):
+            context = Path(context[1:]).read_text(encoding="utf-8")
+        questions = [{"question": text, "context": context} for text in inputs]
+    answers = run(questions, **limit)
     if as_json:
-        show(dict(zip(images, answers, strict=True)))
+        show(dict(zip(inputs, answers, strict=True)))
         return
-    for image, found in zip(images, answers, strict=True):
-        click.echo(image)
-        for answer in found:
-            click.echo(f"  {answer['score']:7.2%}  {answer['label']}")
+    for text, found in zip(inputs, answers, strict=True):
+        click.echo(text)
+        for answer in found if isinstance(found, list) else [found]:
+            click.echo(_line(answer))
+
+
+def _usual_task(checkpoint: Checkpoint) -> str:
+    """What the weights are for, as a pipeline."""
+    if registry.architectures()[checkpoint.architecture].inputs == "images":
+        return "image-classification"
+    task = {"pretraining": "fill-mask"}.get(checkpoint.task or "", checkpoint.task)
+    if task is None:
+        raise click.UsageError(f"{checkpoint.name} does not say what it is for: give --task")
+    return task
+
+
+def _line(answer: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """An answer of a pipeline in a line; of several masks, a line each."""
+    if isinstance(answer, list):
+        return "\n".join(map(_line, answer))
+    shown = ("label", "entity_group", "word", "answer", "sequence", "generated_text")
+    words = "  ".join(str(answer[key]) for key in shown if key in answer)
+    where = f"  [{answer['start']}:{answer['end']}]" if answer.get("start") is not None else ""
+    score = f"{answer['score']:7.2%}  " if "score" in answer else ""
+    return f"  {score}{words}{where}"
+
+
+@main.command()
+@click.argument("name")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=click.IntRange(1), help="256, or as many as fit.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="Of the likeliest tokens; 0: all.")
+@click.option("--top-p", type=float, default=1.0, help="Of the likeliest this much probability.")
+@click.option("--min-p", type=float, default=0.0, help="Relative to the likeliest token.")
+@click.option("--repetition-penalty", type=float, default=1.0)
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given often.")
+@click.option("--seed", type=int)
+@options(NETWORK, PLACE)
+@as_json
+def generate(
+    name: str,
+    prompt: str | None,
+    as_json: bool,
+    max_tokens,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    repetition_penalty,
+    stop,
+    seed,
+    **chosen: Any,
+) -> None:
+    """Continue PROMPT, or standard input, token by token."""
+    prompt = sys.stdin.read() if prompt is None else prompt
+    start = time.perf_counter()
+    tokens = []
+    for token in mlx_zoo.generate(
+        mlx_zoo.load(name, **load_options(**chosen)),
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    ):
+        tokens.append(token)
+        if not as_json:
+            click.echo(token.text, nl=False)
+    if not as_json:
+        click.echo()
+        return
+    show(
+        {
+            "prompt": prompt,
+            "text": "".join(token.text for token in tokens),
+            "tokens": [token.token for token in tokens],
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+    )
 
 
 @main.command()

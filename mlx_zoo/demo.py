@@ -17,7 +17,6 @@ from mlx_zoo import registry
 from mlx_zoo.catalogue import DATA
 from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.mapping.engine import num_parameters
-from mlx_zoo.preprocess.image import preprocess
 
 NAME = "resnet_digits"
 SHADES = " ·:+*#@█"
@@ -32,7 +31,7 @@ def run(console: Console, as_json: bool = False) -> bool:
 
     held_out = read_state_dict([DATA / "digits.safetensors"])
     images, labels = np.array(held_out["images"]), np.array(held_out["labels"])
-    pixels = mx.array(preprocess(list(images), model.checkpoint.preprocessing))
+    pixels = model.checkpoint.preprocessing(list(images))
     scores, predicting = _timed(lambda: np.array(mx.softmax(model(pixels), axis=-1)))
     right = int((scores.argmax(axis=1) == labels).sum())
 

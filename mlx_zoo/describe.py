@@ -32,7 +32,6 @@ from mlx_zoo.hub.source import (
     parse_source,
 )
 from mlx_zoo.preprocess.files import read_json
-from mlx_zoo.preprocess.image import INTERPOLATIONS
 from mlx_zoo.preprocess.processor import read_processor
 from mlx_zoo.preprocess.sentence import sentence_files
 from mlx_zoo.preprocess.text import TOKENIZER_FILES
@@ -232,7 +231,7 @@ def companions(
 
     def wanted(files: Mapping[str, Path]) -> tuple[str, ...]:
         if architecture.inputs != "tokens":
-            return ("config.json",)
+            return ("config.json", "preprocessor_config.json")
         return TOKENIZER_FILES + sentence_files() + sentence_files(files.get("modules.json"))
 
     return _fetch_wanted(source, wanted, place)
@@ -305,18 +304,20 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     if hasattr(own, "img_size"):  # the number of position embeddings follows from it
         sizes["img_size"] = as_size(said.pop("img_size", size))
     known = architecture.timm_args
+    pools = [said.get("global_pool"), config.get("global_pool")]
+    if "global_pool" not in known:
+        said.pop("global_pool", None)
     if unknown := {arg: x for arg, x in said.items() if arg not in known}:
         raise UnsupportedConfig(f"{name}: model_args={unknown} in config.json is not implemented")
     own = config_from(
         type(own), {**vars(own), **sizes, **{known[arg]: x for arg, x in said.items()}}
     )
     pool = getattr(own, known["global_pool"]) if "global_pool" in known else "avg"
-    if config.get("global_pool") not in (pool, None):
+    if any(said_pool not in (pool, None) for said_pool in pools):
         raise UnsupportedConfig(f"{name}: global_pool in config.json is not implemented")
-    num_classes = own.num_classes
-    interpolation = published.get("interpolation", "bilinear")
-    if interpolation not in INTERPOLATIONS:
-        raise UnsupportedConfig(f"{name}: interpolation={interpolation!r} is not implemented")
+    height, width = size
+    crop_pct = published.get("crop_pct") or 0.875
+    resize = (timm_resize(height, crop_pct), timm_resize(width, crop_pct))
     return Checkpoint(
         name=name,
         architecture=architecture.name,
@@ -324,15 +325,15 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
         source="",
         dialect="timm",
         reference=Reference("timm", variant, said),
-        task="image-classification" if num_classes else None,
+        task="image-classification" if own.num_classes else None,
         license=published.get("license"),
         preprocessing=Preprocessing(
-            size=size[0],
-            resize=timm_resize(size[0], published.get("crop_pct", 0.875)),
-            interpolation=interpolation,
-            mean=tuple(published.get("mean", Preprocessing.mean)),
-            std=tuple(published.get("std", Preprocessing.std)),
-            crop_mode=published.get("crop_mode", "center"),
+            size=as_size(size),
+            resize=as_size(resize),
+            interpolation=published.get("interpolation") or "bilinear",
+            mean=tuple(published.get("mean") or Preprocessing.mean),
+            std=tuple(published.get("std") or Preprocessing.std),
+            crop_mode=published.get("crop_mode") or "center",
         ),
         labels=tuple(config.get("label_names") or ()),
     )

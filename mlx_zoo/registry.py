@@ -16,7 +16,6 @@ from mlx_zoo.catalogue import Architecture, Checkpoint
 from mlx_zoo.errors import UnknownModel
 from mlx_zoo.mapping import engine
 
-
 FEATURES = "image-feature-extraction"  # of any image network: it needs no head
 
 

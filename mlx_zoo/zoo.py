@@ -122,6 +122,7 @@ def load(
         request = replace(request, checkpoint=checkpoint, config=wanted)
     found = converted(request, place)
     model = _network(found, request)
+    model.place = place  # where the files beside the weights are
     if verify:
         _verify_once(model, found, place)
     return _adapted(model, request)
@@ -222,6 +223,9 @@ def _adapted(model: nn.Module, request: Request) -> nn.Module:
         model.reset_input(request.in_chans)
     if request.img_size not in (None, getattr(config, "img_size", None)):
         model.reset_size(request.img_size)
+        if how := model.checkpoint.preprocessing:
+            own = replace(model.checkpoint, preprocessing=how.at(model.config.img_size))
+            model.checkpoint = own
     other_task = request.task is not None and request.task != config.task
     if other_task or request.num_classes not in (None, request.architecture.head_size(config)):
         if request.num_classes:

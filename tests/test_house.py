@@ -38,15 +38,23 @@ ARROWS = {
     "models": ("models.layers", "backend"),
     "mapping": ("errors",),
     "preprocess": ("errors",),
-    "catalogue": ("mapping.spec",),
+    "catalogue": ("mapping.spec", "preprocess.image"),
     "specs": ("catalogue", "errors", "mapping.spec", "models", "preprocess"),
     "registry": ("catalogue", "errors", "specs", "mapping.engine"),  # to count parameters
     "hub": ("errors",),
     "describe": ("registry", "catalogue", "errors", "hub", "preprocess"),
-    "converting": ("describe", "registry", "catalogue", "errors", "hub", "mapping"),
-    "zoo": ("converting", "describe", "registry", "catalogue", "errors", "hub", "mapping"),
+    "quantization": ("registry",),
+    "converting": (
+        *("describe", "registry", "catalogue", "errors", "hub", "mapping", "quantization"),
+    ),
+    "zoo": (
+        *("converting", "describe", "registry", "catalogue", "errors", "hub", "mapping"),
+        "quantization",
+    ),
     "verify": (
         "zoo",
+        "converting",
+        "quantization",
         "describe",
         "registry",
         "catalogue",
@@ -55,7 +63,7 @@ ARROWS = {
         "mapping",
         "preprocess",
     ),
-    "tasks": ("zoo", "describe", "registry", "catalogue", "errors", "preprocess"),
+    "tasks": ("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub"),
 }
 ENTRANCES = ("", "__main__", "cli", "demo")  # see everything; nothing inside sees them
 

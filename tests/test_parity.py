@@ -21,7 +21,6 @@ from mlx_zoo.verify.reference import import_torchvision
 
 torchvision = import_torchvision()
 import timm  # noqa: E402
-import transformers  # noqa: E402
 
 NETWORKS = {
     c.variant: c

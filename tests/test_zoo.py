@@ -250,8 +250,42 @@ def test_list_models(no_network):
     assert mlx_zoo.list_models("resnet18.*") == [n for n in names if n.startswith("resnet18.")]
     assert mlx_zoo.list_models("bert-base-*") == mlx_zoo.list_models("BERT_base_*") != []
     assert mlx_zoo.list_models("nothing*") == []
-    for name in names:
-        assert mlx_zoo.info(name).architecture in ("resnet", "bert")
+    families = {mlx_zoo.info(name).architecture for name in names}
+    assert families == {"resnet", "vit", "efficientnet", "bert", "gpt2"}
+
+
+def test_list_models_by_what_they_are(no_network):
+    small = mlx_zoo.list_models(family="vit", source="timm", max_params=7e6, pretrained=True)
+    assert "vit_tiny_patch16_224.augreg_in21k_ft_in1k" in small
+    for name in small:
+        checkpoint = mlx_zoo.info(name)
+        assert (checkpoint.architecture, checkpoint.reference.library) == ("vit", "timm")
+        assert checkpoint.num_params <= 7e6
+    torchvisions = mlx_zoo.list_models("*.imagenet1k_*", source="torchvision", pretrained=True)
+    assert len(torchvisions) == 39
+    masked = mlx_zoo.list_models(task="fill-mask", pretrained=True)
+    assert "bert_base_uncased" in masked
+    assert "all_minilm_l6_v2" not in masked, "its weights have no such head"
+    assert "all_minilm_l6_v2" in mlx_zoo.list_models(task="sentence-embedding")
+    assert "bert_base" in mlx_zoo.list_models(task="fill-mask"), "random weights may have any"
+    assert "gpt2" in mlx_zoo.list_models(task="text-generation", max_params=1.3e8)
+    assert "gpt2_xl" not in mlx_zoo.list_models(task="text-generation", max_params=1.3e8)
+    features = mlx_zoo.list_models(task="image-feature-extraction")
+    assert {"resnet18", "vit_b_16", "efficientnet_b0"} <= set(features)
+    assert "gpt2" not in features
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "resnets"}, "family='resnets': one of bert, "),
+        ({"task": "translation"}, "task='translation': one of fill-mask, "),
+        ({"source": "keras"}, "source='keras': one of timm, torchvision, transformers"),
+    ],
+)
+def test_a_filter_that_there_is_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        mlx_zoo.list_models(**options)
 
 
 @pytest.mark.parametrize(

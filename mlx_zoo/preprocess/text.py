@@ -6,7 +6,7 @@ The ids are those of `transformers.AutoTokenizer` (5.23).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import tokenizers
 
-# What `Tokenizer.from_files` reads, besides the files of a sentence-transformers repository.
+# What is read here, besides the files of a sentence-transformers repository.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -43,6 +46,10 @@ BERT_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+GPT2_CLASS = "GPT2Tokenizer"
+GPT2_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+# Where no file names a class, the network's model_type in config.json does.
+CLASS_OF_MODEL = {"gpt2": GPT2_CLASS}
 NO_LIMIT = 10**20  # from here on, transformers does not truncate
 ROLES = ("bos_token", "eos_token", *BERT_TOKENS)
 
@@ -85,7 +92,8 @@ class Tokenizer:
     input_names: tuple[str, ...] = BERT_CLASSES["BertTokenizer"]
     padding_side: str = "right"
     truncation_side: str = "right"
-    default_pad_id: int | None = None  # config.json's, where no token has that role
+    default_pad_id: int | None = None  # where no token has that role: config.json's
+    end_ids: tuple[int, ...] = ()  # of the tokens at which a generated text ends
 
     @classmethod
     def from_files(
@@ -93,9 +101,9 @@ class Tokenizer:
     ) -> Tokenizer:
         """The tokenizer of a repository; `files` maps names inside it to local paths.
 
-        tokenizer.json is preferred to vocab.txt. The length limit is that of
-        sentence_bert_config.json, else tokenizer_config.json's, and never above `max_positions`
-        (by default config.json's max_position_embeddings).
+        tokenizer.json is preferred to vocab.txt, and to vocab.json with merges.txt. The length
+        limit is that of sentence_bert_config.json, else tokenizer_config.json's, and never above
+        `max_positions` (by default config.json's max_position_embeddings or n_positions).
 
         Raises UnsupportedFormat where there is no file of a kind that is read here, and
         CheckpointError for a malformed one.
@@ -105,23 +113,30 @@ class Tokenizer:
         max_seq_length, do_lower_case = read_transformer_options(files)
 
         class_name = config.get("tokenizer_class") or model_config.get("tokenizer_class")
+        class_name = class_name or CLASS_OF_MODEL.get(model_config.get("model_type", ""))
         backend, class_name = _read_vocabulary(files, class_name)
         named = _named_tokens(files, config, class_name)
         declared = _declared_tokens(files, config, backend)
         if class_name in BERT_CLASSES:
             backend = _bert(backend.get_vocab(with_added_tokens=False), config, named)
+        elif class_name == GPT2_CLASS:
+            backend = _byte_level(backend, config)
         special_tokens = _add_tokens(backend, declared, named, _extra_tokens(files, config))
+        if class_name == GPT2_CLASS and "tokenizer.json" not in files:  # which has its own frame
+            _frame(backend, config, special_tokens)
         if do_lower_case:
             _lower_first(backend)
 
         if max_positions is None:
             max_positions = model_config.get("max_position_embeddings")
+            max_positions = model_config.get("n_positions", max_positions)
         # transformers writes 1e30 for "no limit", and max_len in old files.
         own = max_seq_length or config.get("model_max_length", config.get("max_len"))
         limits = [_length(limit) for limit in (own, max_positions) if limit is not None]
         names = config.get("model_input_names") or BERT_CLASSES.get(
             class_name, ("input_ids", "attention_mask")
         )
+        eos_id = backend.token_to_id(special_tokens.get("eos_token", ""))
         return cls(
             backend=backend,
             special_tokens=special_tokens,
@@ -130,6 +145,7 @@ class Tokenizer:
             padding_side=config.get("padding_side", "right"),
             truncation_side=config.get("truncation_side", "right"),
             default_pad_id=model_config.get("pad_token_id"),
+            end_ids=end_ids(files) or (() if eos_id is None else (eos_id,)),
         )
 
     def __call__(
@@ -140,16 +156,21 @@ class Tokenizer:
         max_length: int | None = None,
         truncation: bool = True,
         padding: bool = True,
+        padding_side: str | None = None,
     ) -> Tokens:
         """Tokenize one text or B of them (or of pairs), with the special tokens of the checkpoint.
 
         Texts longer than `max_length` tokens (by default the checkpoint's limit) are cut, a pair at
-        its longer text, and shorter ones are padded to the longest of the batch.
+        its longer text, and shorter ones are padded to the longest of the batch: on the "left" or
+        "right", by default as the checkpoint says.
 
         Raises ValueError for something other than text, for no text at all, for a `max_length` that
         has no room for the special tokens, and for different lengths without padding.
         """
         batch = _batch(texts, pairs)
+        padding_side = padding_side or self.padding_side
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side={padding_side!r}: 'left' or 'right' is needed")
         limit = self.max_length if max_length is None else max_length
         # Whatever was set before, by tokenizer.json too, is replaced.
         if truncation and limit is not None:
@@ -161,7 +182,7 @@ class Tokenizer:
             self.backend.no_truncation()
         if padding and self.pad_token_id is not None:
             self.backend.enable_padding(
-                direction=self.padding_side,
+                direction=padding_side,
                 pad_id=self.pad_token_id,
                 pad_token=self.special_tokens.get("pad_token", ""),
             )
@@ -216,13 +237,69 @@ class Tokenizer:
         return self._role_id("mask_token")
 
     @property
+    def bos_token_id(self) -> int | None:
+        return self._role_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._role_id("eos_token")
+
+    @property
     def pad_token_id(self) -> int | None:
+        """What fills up the rows of a batch, masked: of GPT-2, which has no token for it, the end
+        of a text.
+        """
         own = self._role_id("pad_token")
-        return self.default_pad_id if own is None else own
+        own = self.default_pad_id if own is None else own
+        return self.eos_token_id if own is None else own
 
     def _role_id(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
         return None if token is None else self.backend.token_to_id(token)
+
+
+@dataclass
+class TextStream:
+    """Tokens, one by one -> the text that each completes.
+
+    A character of several bytes may be spread over tokens: its text comes with the last of them.
+    """
+
+    tokenizer: Tokenizer
+    pending: list[int] = field(default_factory=list)  # tokens whose text is yet to come
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, '' where a character is still open."""
+        self.pending.append(token)
+        text = self._text()
+        if text.endswith("\ufffd"):  # bytes that are no character, or not yet
+            return ""
+        self.pending.clear()
+        return text
+
+    def rest(self) -> str:
+        """The text of what will not be completed any more."""
+        text = self._text()
+        self.pending.clear()
+        return text
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.pending, skip_special_tokens=True)
+
+
+def end_ids(files: Mapping[str, Path]) -> tuple[int, ...]:
+    """The ids of the tokens at which a text ends, as generation_config.json or config.json says.
+
+    Raises CheckpointError for something else than ids.
+    """
+    ids = None
+    for name in ("generation_config.json", "config.json"):
+        if ids is None:
+            ids = read_optional_json(files, name).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if odd := [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]:
+        raise CheckpointError(f"eos_token_id: {odd[0]!r} is not the id of a token")
+    return tuple(ids)
 
 
 def _length(value: object) -> int:
@@ -264,7 +341,7 @@ def _read_vocabulary(
 ) -> tuple[tokenizers.Tokenizer, str | None]:
     """(what the file holds, the name of transformers' class for it without "Fast")."""
     import tokenizers
-    from tokenizers.models import WordPiece
+    from tokenizers.models import BPE, WordPiece
 
     class_name = class_name.removesuffix("Fast") if class_name else None
     if "tokenizer.json" in files:
@@ -277,6 +354,8 @@ def _read_vocabulary(
             class_name = None  # the file knows better: transformers would read it as WordPiece
         elif class_name is None:
             class_name = "BertTokenizer"
+        if class_name == GPT2_CLASS and not isinstance(backend.model, BPE):
+            class_name = None
         return backend, class_name
     if "vocab.txt" in files:
         class_name = class_name or "BertTokenizer"
@@ -290,9 +369,21 @@ def _read_vocabulary(
         except Exception as error:  # tokenizers raises nothing more specific
             raise CheckpointError(f"vocab.txt cannot be read: {error}") from error
         return tokenizers.Tokenizer(WordPiece(vocab)), class_name
+    if {"vocab.json", "merges.txt"} <= files.keys():
+        class_name = class_name or GPT2_CLASS
+        if class_name != GPT2_CLASS:
+            raise UnsupportedFormat(
+                f"vocab.json and merges.txt of a {class_name} are not read here; a tokenizer.json "
+                "is (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+            )
+        try:
+            bpe = BPE.from_file(str(files["vocab.json"]), str(files["merges.txt"]))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise CheckpointError(f"vocab.json, merges.txt cannot be read: {error}") from error
+        return tokenizers.Tokenizer(bpe), class_name
     raise UnsupportedFormat(
-        f"no tokenizer.json or vocab.txt among {sorted(files)}; other vocabularies (vocab.json "
-        "with merges.txt, SentencePiece models) are not read here: "
+        f"no tokenizer.json, vocab.txt or vocab.json with merges.txt among {sorted(files)}; other "
+        "vocabularies (SentencePiece models) are not read here: "
         "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes a tokenizer.json"
     )
 
@@ -331,13 +422,60 @@ def _bert(
     return backend
 
 
+def _byte_level(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer over the merges of `backend`, as transformers' GPT2Tokenizer builds it.
+
+    Text is bytes: nothing is normalised and nothing unknown. Of tokenizer.json's other rules, only
+    what it puts around a text counts.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    model = backend.model
+    model.dropout, model.unk_token, model.fuse_unk = None, None, False
+    model.byte_fallback, model.ignore_merges = False, False
+    own = Tokenizer(model)
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(config.get("add_prefix_space", False))
+    )
+    own.decoder = decoders.ByteLevel()
+    if backend.post_processor is not None:
+        own.post_processor = backend.post_processor
+    return own
+
+
+def _frame(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> None:
+    """Put the tokens around a text that tokenizer_config.json asks for; GPT-2's own has none."""
+    from tokenizers import processors
+
+    ends = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
+    asked = {role for role, wanted in ends.items() if wanted}
+    if missing := sorted(asked - special_tokens.keys()):
+        raise CheckpointError(f"the vocabulary has no {missing[0]}, which begins or ends a text")
+    bos, eos = (special_tokens[role] if role in asked else None for role in ends)
+    if not asked:
+        return
+
+    def framed(text: str, kind: int) -> str:
+        return " ".join(f"{token}:{kind}" for token in (bos, text, eos) if token)
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=framed("$A", 0),
+        pair=f"{framed('$A', 0)} {framed('$B', 1)}",
+        special_tokens=[(t, backend.token_to_id(t)) for t in {bos, eos} if t],
+    )
+
+
 def _named_tokens(
     files: Mapping[str, Path], config: Mapping[str, Any], class_name: str | None
 ) -> dict[str, tokenizers.AddedToken]:
-    """Tokens by role: BERT's own, overridden by tokenizer_config.json's and then by
+    """Tokens by role: the class's own, overridden by tokenizer_config.json's and then by
     special_tokens_map.json's. The latter predates `added_tokens_decoder` and yields to it.
     """
     values: dict[str, Any] = dict(BERT_TOKENS) if class_name in BERT_CLASSES else {}
+    if class_name == GPT2_CLASS:
+        values = dict(GPT2_TOKENS)
     values |= {role: config[role] for role in ROLES if role in config}
     if "added_tokens_decoder" not in config:
         special_map = read_optional_json(files, "special_tokens_map.json")

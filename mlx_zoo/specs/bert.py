@@ -242,8 +242,10 @@ ARCHITECTURE = Architecture(
     keeps_head=keeps_head,
     head_size=head_size,
     fixed_sizes=FIXED_SIZES,
-    full_precision=("position_embed", "token_type_embed", "pooler", "nsp", "classifier")
-    + ("qa_outputs", "dense.*", "mlm.*"),
+    full_precision=(
+        *("position_embed", "token_type_embed", "pooler"),
+        *("mlm.*", "nsp", "classifier", "qa_outputs", "dense.*"),
+    ),
     fit=fit,
     without_head=lambda config: replace(config, task=None, dense=()),
 )

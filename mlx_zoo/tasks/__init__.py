@@ -3,123 +3,78 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from mlx_zoo import describe, registry, zoo
+from mlx_zoo import zoo
 from mlx_zoo.describe import Place
-from mlx_zoo.errors import UnsupportedConfig
-from mlx_zoo.preprocess.image import preprocess
-from mlx_zoo.preprocess.sentence import read_sentence_config
-from mlx_zoo.preprocess.text import Tokenizer
+from mlx_zoo.tasks.images import ImageClassification, ImageFeatures
+from mlx_zoo.tasks.spans import QuestionAnswering, TokenClassification
+from mlx_zoo.tasks.texts import FillMask, SentenceEmbedding, TextClassification
 
 
 def pipeline(
     task: str, model: str | os.PathLike[str] | nn.Module, **options: Any
 ) -> Callable[..., Any]:
-    """A function from inputs to answers.
+    """A function from inputs to answers, with the names and scores of transformers' pipelines.
 
-    image-classification   images -> for each, [{"label": ..., "score": ...}, ...], best first
-    sentence-embedding     texts  -> (B, D) array, as sentence-transformers' encode
+    task                      input                     answer
+    image-classification      image                     [{"label", "score"}, ...], best first
+    image-feature-extraction  image                     (D,) array
+    fill-mask                 text with [MASK]          [{"score", "token", "token_str",
+                                                        "sequence"}, ...], best first
+    text-classification       text, or                  [{"label", "score"}]
+                              {"text", "text_pair"}
+    token-classification      text                      [{"entity", "score", "index", "word",
+                                                        "start", "end"}, ...]
+    question-answering        {"question", "context"}   {"score", "start", "end", "answer"}
+    sentence-embedding        text                      (D,) array
+    text-generation           text                      [{"generated_text"}]
+
+    A list of inputs gives a list of answers (a (B, D) array of arrays), an iterator an iterator
+    that reads on as it is read, `batch_size` at a time. What else there is to say to each function
+    (`top_k`, `aggregation_strategy`, ...), its own docstring tells: `help(mlx_zoo.pipeline(...))`.
 
     Args:
         task: one of the above.
-        model: a name as `load` takes it, or a loaded network.
-        **options: as `load` takes them, where a name is given.
+        model: a name as `load` takes it, or a loaded network with the head of that task; it is
+            put into eval mode.
+        **options: as `load` takes them, where a name is given; of a loaded network, `cache_dir` and
+            `local_files_only`: where the files beside its weights are.
 
     Raises:
         ValueError: an unknown task, or a network that is not for it.
+        MLXZooError: as `load`.
     """
     if task not in PIPELINES:
         raise ValueError(f"task={task!r}: one of {', '.join(PIPELINES)} is needed")
     place = Place(options.get("cache_dir"), options.get("local_files_only", False))
-    return PIPELINES[task](model, place, options)
+    if not isinstance(model, nn.Module):
+        head = {} if task in IMAGE_TASKS else {"task": task}
+        model = zoo.load(model, **{"pretrained": True, **head, **options})
+    elif odd := sorted(options.keys() - {"cache_dir", "local_files_only"}):
+        raise ValueError(f"{odd[0]}= is for a name: this network is loaded already")
+    elif not options:
+        place = getattr(model, "place", place)
+    return PIPELINES[task](model.eval(), place)
 
 
-class ImageClassification:
-    """Images -> labels with scores, the best first."""
+def _text_generation(model: nn.Module, place: Place) -> Callable[..., Any]:
+    from mlx_zoo.tasks.generation import TextGeneration
 
-    def __init__(self, model, place: Place, options: dict[str, Any]):
-        if not isinstance(model, nn.Module):
-            model = zoo.load(model, **{"pretrained": True, **options})
-        self.model = model
-        if registry.of_model(self.model).inputs != "images":
-            raise ValueError("image-classification needs a network that takes images")
-        self.checkpoint = self.model.checkpoint
-        if self.checkpoint is None or self.checkpoint.preprocessing is None:
-            raise ValueError("this network does not say how its images are prepared")
-        if not self.model.config.num_classes:
-            raise ValueError("this network has no head: load it with num_classes=")
-
-    def __call__(
-        self, images: Any, *, top_k: int = 5, batch_size: int = 32
-    ) -> list[list[dict[str, Any]]] | list[dict[str, Any]]:
-        """One image (see preprocess.image) -> a list of answers; a sequence of them -> lists."""
-        if top_k < 1 or batch_size < 1:
-            raise ValueError(f"top_k={top_k}, batch_size={batch_size}: at least 1 is needed")
-        many = isinstance(images, (list, tuple))
-        answers = []
-        for batch in batches(images if many else [images], batch_size):
-            pixels = preprocess(batch, self.checkpoint.preprocessing)
-            scores = mx.softmax(self.model(mx.array(pixels)).astype(mx.float32), axis=-1)
-            answers += [self.best(row, top_k) for row in np.array(scores)]
-        return answers if many else answers[0]
-
-    def best(self, scores: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        names = self.model.checkpoint.labels
-        if len(names) != len(scores):  # another head than the checkpoint's
-            names = tuple(f"LABEL_{i}" for i in range(len(scores)))
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        return [{"label": names[i], "score": float(scores[i])} for i in order]
+    return TextGeneration(model, place, {})
 
 
-class SentenceEmbedding:
-    """Texts -> one vector each."""
-
-    def __init__(self, model, place: Place, options: dict[str, Any]):
-        if not isinstance(model, nn.Module):
-            options = {"pretrained": True, "task": "sentence-embedding", **options}
-            model = zoo.load(model, **options)
-        if getattr(model.config, "task", None) != "sentence-embedding" or not model.checkpoint:
-            raise ValueError("load the network with task='sentence-embedding', pretrained=True")
-        self.model = model
-        files = describe.companions(model.checkpoint, registry.of_model(model), place)
-        self.tokenizer = Tokenizer.from_files(files)
-        sentence = read_sentence_config(files)
-        self.prompt = sentence.prompts.get(sentence.default_prompt_name or "", "")
-        if self.prompt and not sentence.include_prompt:
-            raise UnsupportedConfig("include_prompt=false with a default prompt is not implemented")
-
-    def __call__(self, texts: str | Sequence[str], *, batch_size: int = 32) -> np.ndarray:
-        """(B, D) float32; (D,) for a single text."""
-        if isinstance(texts, str):
-            return self([texts])[0]
-        if not texts or batch_size < 1:
-            raise ValueError(f"{len(texts)} texts, batch_size={batch_size}: at least 1 of each")
-        if odd := [text for text in texts if not isinstance(text, str)]:
-            raise ValueError(f"texts hold {type(odd[0]).__name__}, where str belongs")
-        texts = [self.prompt + text for text in texts]
-        # Like lengths together: less padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        rows: dict[int, np.ndarray] = {}
-        for batch in batches(order, batch_size):
-            tokens = self.tokenizer([texts[i] for i in batch])
-            vectors = np.array(self.model(**tokens.inputs()).astype(mx.float32))
-            rows |= dict(zip(batch, vectors, strict=True))
-        return np.stack([rows[i] for i in range(len(texts))])
-
-
-PIPELINES: dict[str, Callable[..., Any]] = {
-    "image-classification": ImageClassification,
-    "sentence-embedding": SentenceEmbedding,
+IMAGE_TASKS = (ImageClassification.task, ImageFeatures.task)
+PIPELINES: dict[str, Callable[[nn.Module, Place], Callable[..., Any]]] = {
+    ImageClassification.task: ImageClassification,
+    ImageFeatures.task: ImageFeatures,
+    FillMask.task: FillMask,
+    TextClassification.task: TextClassification,
+    TokenClassification.task: TokenClassification,
+    QuestionAnswering.task: QuestionAnswering,
+    SentenceEmbedding.task: SentenceEmbedding,
+    "text-generation": _text_generation,
 }
-
-
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`items` in runs of `size`, the last one shorter."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

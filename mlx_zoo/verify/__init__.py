@@ -21,6 +21,7 @@ from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare, reference
+from mlx_zoo.verify.preprocessing import compare_preprocessing
 from mlx_zoo.verify.quantized import against_full_precision
 from mlx_zoo.verify.report import TOLERANCES, Report, judge
 
@@ -168,6 +169,9 @@ def _against_original(model: nn.Module, place: Place, size: int | None, seed: in
         seed=seed,
         inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
         versions={**cache.versions(), **reference.versions(checkpoint.reference.library)},
+        preprocessing=compare_preprocessing(checkpoint, seed=seed, place=place)
+        if checkpoint.preprocessing
+        else None,
     )
 
 

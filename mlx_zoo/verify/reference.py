@@ -314,9 +314,9 @@ def _timm_transform(checkpoint: Checkpoint):
     name = checkpoint.name.rpartition("/")[2]  # of a repository
     if not timm.is_model_pretrained(name):
         return None
-    settings = timm.data.resolve_data_config(
-        pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict()
-    )
+    published = timm.models.get_pretrained_cfg(name)
+    assert published is not None
+    settings = timm.data.resolve_data_config(pretrained_cfg=published.to_dict())
     return f"timm's {name}", timm.data.create_transform(**settings)
 
 

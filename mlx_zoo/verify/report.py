@@ -79,6 +79,27 @@ def judge(
 
 
 @dataclass(frozen=True)
+class PreprocessingDifference:
+    """Between our images and the publisher's, in grey levels of 255, before the mean is taken."""
+
+    max_abs: float
+    mean_abs: float
+    reference: str  # whose images ours were compared with
+    num_images: int
+
+    @property
+    def passed(self) -> bool:
+        """Within one grey level, whole numbers but for float32's rounding."""
+        return self.max_abs < 1.01
+
+    def __str__(self) -> str:
+        return (
+            f"{self.max_abs:.2g} of 255 grey levels at most, {self.mean_abs:.1g} on average, from "
+            f"{self.reference} on {self.num_images} images"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Whether a network computes what its PyTorch original computes, and the figures for it.
 
@@ -93,6 +114,8 @@ class Report:
     seed: int | None  # of random inputs
     inputs: str  # what both networks saw
     versions: Mapping[str, str]
+    # How far our images are from the publisher's own, a figure apart: the inputs above are random.
+    preprocessing: PreprocessingDifference | None = None
 
     @property
     def passed(self) -> bool:
@@ -147,6 +170,7 @@ class Report:
             "seed": self.seed,
             "inputs": self.inputs,
             "versions": dict(self.versions),
+            "preprocessing": self.preprocessing and asdict(self.preprocessing),
         }
 
     def to_json(self) -> str:
@@ -187,6 +211,7 @@ class Report:
             f"{verdict}: {self.reason}",
             f"tolerance {self.tolerance:.0e} of the largest value and {FACTOR:.0f} times PyTorch's "
             f"own rounding error; {self.inputs}{seed}; on the {self.device}",
+            *([f"preprocessing: {self.preprocessing}"] if self.preprocessing else []),
         )
 
 
