@@ -24,28 +24,56 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     def uniform(tensor, low, high):
         tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
 
+    mobile = mobile_norms(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
             normal(module.weight, math.sqrt(2 / fan_in))
         elif isinstance(module, nn.Linear):
             normal(module.weight, 1 / math.sqrt(module.in_features))
+        elif type(module).__name__ == "Conv1D":  # of transformers: a linear layer, stored (in, out)
+            normal(module.weight, 1 / math.sqrt(module.weight.shape[0]))
         elif isinstance(module, nn.Embedding):
             normal(module.weight, 0.7)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
             last = name.endswith(("bn3", "bn2", "layer.1.normalization", "layer.2.normalization"))
             low, high = (0.2, 0.4) if last else (0.6, 1.4)  # residuals must not pile up
-            uniform(module.weight, low, high)
-            normal(module.running_mean, 0.2)
-            uniform(module.running_var, 0.5, 1.5)
+            uniform(module.weight, *mobile.get(module, (low, high)))
+            if isinstance(module, nn.BatchNorm2d):
+                normal(module.running_mean, 0.2)
+                uniform(module.running_var, 0.5, 1.5)
         elif isinstance(module, nn.LayerNorm):
             uniform(module.weight, 0.5, 1.5)
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter):
-            normal(bias, 0.2)
+            normal(bias, 0.2, 1.5 if name.endswith(MOBILE_GATES) else 0.0)
+        for leaf, bare in module.named_parameters(recurse=False):
+            if leaf == "gamma":  # of a LayerScale: residuals must not pile up
+                uniform(bare, 0.3, 0.8)
+            elif leaf not in ("weight", "bias"):  # tokens, positions, a fused projection
+                normal(bare, 1 / math.sqrt(bare.shape[1]) if leaf == "in_proj_weight" else 0.3)
     untouched = [n for n, p in model.named_parameters() if bool((p == 0).all() or (p == 1).all())]
     assert not untouched, untouched
     return model.eval()
+
+
+# The gates of EfficientNet's squeeze-and-excitation: half shut, they would hide what came in.
+MOBILE_GATES = ("se.conv_expand", "squeeze_excite.expand", "block.1.fc2", "block.2.fc2")
+
+
+def mobile_norms(model: nn.Module) -> dict[nn.Module, tuple[float, float]]:
+    """The norms of EfficientNet's blocks and the range of their scales.
+
+    Only the last of a block may have a shortcut added; a block without one must not fade.
+    """
+    ranges = {}
+    for module in model.modules():
+        for has_shortcut in ("has_skip", "use_res_connect", "apply_dropout"):
+            if hasattr(module, has_shortcut):
+                *norms, last = (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+                ranges |= dict.fromkeys(norms, (0.6, 1.4))
+                ranges[last] = (0.05, 0.25) if getattr(module, has_shortcut) else (0.5, 1.2)
+    return ranges
 
 
 def saved(model: nn.Module, path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 
 import mlx.core as mx
 import pytest
@@ -21,6 +22,7 @@ from mlx_zoo.verify.reference import import_torchvision
 
 torchvision = import_torchvision()
 import timm  # noqa: E402
+import transformers  # noqa: E402
 
 NETWORKS = {
     c.variant: c
@@ -158,6 +160,94 @@ def test_every_image_entry_has_the_tensors_of_its_original(checkpoint):
     buffers = {name for name in theirs if name.endswith("num_batches_tracked")}
     assert ours == {name: shape for name, shape in theirs.items() if name not in buffers}
     assert engine.num_parameters(model) == checkpoint.num_params == count
+
+
+# Width and depth of Google's EfficientNets, by the paper's table.
+COEFFICIENTS = {
+    **{"b0": (1.0, 1.0), "b1": (1.0, 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4)},
+    **{"b4": (1.4, 1.8), "b5": (1.6, 2.2), "b6": (1.8, 2.6), "b7": (2.0, 3.1)},
+}
+
+
+def transformers_config(checkpoint):
+    """The config with which transformers builds a network of its own hub."""
+    config, family = checkpoint.config, checkpoint.architecture
+    if family == "resnet":
+        expansion = {"basic": 1, "bottleneck": 4}[config.block]
+        widths = [width * expansion for width in config.widths]
+        return transformers.ResNetConfig(
+            layer_type=config.block, depths=config.depths, hidden_sizes=widths, num_labels=1000
+        )
+    if family == "efficientnet":
+        width, depth = COEFFICIENTS[checkpoint.source.rpartition("-")[2]]
+        return transformers.EfficientNetConfig(
+            width_coefficient=width,
+            depth_coefficient=depth,
+            hidden_dim=config.head_width,
+            depthwise_padding=list(config.symmetric_blocks),
+            batch_norm_eps=config.norm_eps,
+            dropout_rate=config.dropout,
+            num_labels=1000,
+        )
+    kind = transformers.BertConfig if family == "bert" else transformers.GPT2Config
+    if family == "vit":
+        distilled = config.dist_token  # DeiT without it is published as a ViT
+        kind = transformers.DeiTConfig if distilled else transformers.ViTConfig
+    attributes = import_module(f"mlx_zoo.specs.{family}").ATTRIBUTES
+    options = {theirs: getattr(config, ours) for theirs, ours in attributes.items()}
+    labels = {"num_labels": config.num_classes} if config.num_classes else {}
+    return kind(**options, **labels)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        pytest.param(c, id=c.name)
+        for c in registry.checkpoints().values()
+        if c.reference and c.reference.library == "transformers"
+    ],
+)
+def test_every_entry_of_transformers_has_the_tensors_of_its_original(checkpoint):
+    architecture = registry.architectures()[checkpoint.architecture]
+    published = transformers_config(checkpoint)
+    task = None if checkpoint.task == "sentence-embedding" else checkpoint.task
+    fitting = [
+        kind
+        for name, its_task in architecture.classes.items()
+        if its_task == task
+        and (kind := getattr(transformers, name)).config_class is type(published)
+    ]
+    has_teacher = getattr(checkpoint.config, "dist_head", False)
+    with torch.device("meta"):
+        original = fitting[-1 if has_teacher else 0](published)
+    theirs = {n: tuple(x.shape) for n, x in original.state_dict().items()}
+
+    config = architecture.read_config(
+        {**published.to_dict(), "architectures": [fitting[0].__name__]}
+    )
+    if has_teacher:
+        config = replace(config, dist_head=True)
+    given = {}
+    if hasattr(config, "task"):
+        config = replace(config, task=task)
+        given = {name: getattr(checkpoint.config, name) for name in ("task", "num_classes")}
+    elif task is None:
+        config = architecture.without_head(config)
+    same = replace(config, **given)
+    assert same == checkpoint.config, "what the table says is what config.json would"
+    model = architecture.model(architecture.fit(config, frozenset(theirs)))
+    covered = []
+    for dialect in architecture.dialects:
+        if dialect.startswith("transformers"):
+            spec = architecture.spec(dialect, config)
+            state = {name: mx.zeros(shape) for name, shape in theirs.items()}  # lazy
+            if not engine.mismatches(state, model, spec):
+                covered.append(dialect)
+    assert covered
+    count = sum(p.numel() for p in original.parameters())
+    assert engine.num_parameters(model) <= count  # a pooler that nothing reads may be left out
+    if checkpoint.num_params:
+        assert checkpoint.num_params == count == engine.num_parameters(model)
 
 
 @pytest.mark.parametrize("name", registry.checkpoints())

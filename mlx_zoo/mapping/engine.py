@@ -144,15 +144,15 @@ def num_parameters(model: nn.Module) -> int:
 def layer_links(model: nn.Module, spec: Spec) -> dict[str, tuple[str, ...]]:
     """Upstream layer -> the layers of ours that compute it, where both have parameters.
 
-    A tensor that has another name within its layer here (a fused `in_proj_weight`, say) is left
-    out: what the two layers give is not the same.
+    Left out are tensors of the network itself (position embeddings, say), and those that have
+    another name within their layer here (a fused `in_proj_weight`): what the two give differs.
     """
     pairs: dict[str, dict[str, None]] = defaultdict(dict)
     for link in links(model, spec):
         source, upstream_leaf = _split(link.source)
         for target in link.targets:
             layer, leaf = _split(target)
-            if upstream_leaf == _upstream_leaf(source, leaf, spec):
+            if layer and upstream_leaf == _upstream_leaf(source, leaf, spec):
                 pairs[source][layer] = None
     return {source: tuple(targets) for source, targets in pairs.items()}
 

@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu_python": gelu,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_python_tanh": gelu_tanh,
     "gelu_fast": gelu_tanh,
     "gelu_accurate": gelu_tanh,
     "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
@@ -41,7 +42,10 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "silu": lambda x: x * mx.sigmoid(x),
     "swish": lambda x: x * mx.sigmoid(x),
     "mish": lambda x: x * mx.tanh(mx.logaddexp(x, 0)),
+    "hardswish": lambda x: x * mx.clip(x + 3, 0, 6) / 6,
+    "laplace": lambda x: 0.5 * (1 + mx.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
     "sigmoid": mx.sigmoid,
+    "sqrtsoftplus": lambda x: mx.sqrt(mx.logaddexp(x, 0)),
     "tanh": mx.tanh,
     "linear": lambda x: x,
     "identity": lambda x: x,
@@ -51,20 +55,32 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017). (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dims: int, num_heads: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        dims: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        qkv_bias: bool = True,
+        scale: float | None = None,  # of the scores; None: 1 / sqrt(dims of a head)
+    ):
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (dims // num_heads) ** -0.5
-        self.q_proj = nn.Linear(dims, dims)
-        self.k_proj = nn.Linear(dims, dims)
-        self.v_proj = nn.Linear(dims, dims)
+        self.scale = (dims // num_heads) ** -0.5 if scale is None else scale
+        self.q_proj = nn.Linear(dims, dims, qkv_bias)
+        self.k_proj = nn.Linear(dims, dims, qkv_bias)
+        self.v_proj = nn.Linear(dims, dims, qkv_bias)
         self.out_proj = nn.Linear(dims, dims)
         self.p = dropout
         self.dropout = nn.Dropout(dropout)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        """`mask` is added to the scores and broadcasts to (B, heads, N, N)."""
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """`mask` is added to the scores and broadcasts to (B, heads, N, N).
+
+        A `cache` takes the keys and values of x and gives those of all tokens so far.
+        """
         q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None:
+            k, v = cache.update(k, v)
         if self.training and self.p > 0:  # the fused kernel cannot drop weights
             scores = self.scale * q @ k.swapaxes(-1, -2)
             weights = mx.softmax(scores if mask is None else scores + mask, axis=-1)
@@ -89,6 +105,24 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), where a residual is added.
+
+    In training each sample of the batch is dropped with probability `p`; the others are scaled by
+    1 / (1 - p). The identity otherwise.
+    """
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.p = p
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training or self.p == 0:
+            return x
+        kept = mx.random.bernoulli(1 - self.p, (x.shape[0], *[1] * (x.ndim - 1)))
+        return mx.where(kept, x / max(1 - self.p, 1e-12), 0)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -144,10 +178,10 @@ def as_images(x: Any, channels: int) -> mx.array:
     return x
 
 
-def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> None:
+def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int, past: int = 0) -> None:
     """Raise ValueError unless `input_ids` is a batch (B, N) of ids that the tables hold.
 
-    MLX reads past the end of a table without a word.
+    `past` tokens came before them. MLX reads past the end of a table without a word.
     """
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or 0 in shape:
@@ -155,8 +189,11 @@ def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int) -> No
     if not mx.issubdtype(input_ids.dtype, mx.integer):
         kind = str(input_ids.dtype).split(".")[-1]
         raise ValueError(f"input_ids of type {kind}: integers are needed")
-    if shape[1] > max_positions:
-        raise ValueError(f"{shape[1]} tokens: this network has {max_positions} positions; truncate")
+    if past + shape[1] > max_positions:
+        after = f" after {past}" if past else ""
+        raise ValueError(
+            f"{shape[1]} tokens{after}: this network has {max_positions} positions; truncate"
+        )
     check_range(input_ids, vocab_size, "token id")
 
 

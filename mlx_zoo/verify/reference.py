@@ -158,6 +158,8 @@ def _torchvision(reference: Reference, config: Any, weights: Sequence[Path]):
     if config.in_chans != 3:
         raise VerificationError(f"torchvision's networks take 3 channels, not {config.in_chans}")
     options = {"num_classes": config.num_classes or 1, **reference.options}
+    if hasattr(config, "img_size"):
+        options.setdefault("image_size", config.img_size)
     model = torchvision.models.get_model(reference.name, weights=None, **options)
     return _filled(model, config, weights)
 
@@ -171,6 +173,8 @@ def _timm(reference: Reference, config: Any, weights: Sequence[Path]):
         "in_chans": config.in_chans,
         **reference.options,
     }
+    if hasattr(config, "img_size"):
+        options.setdefault("img_size", config.img_size)
     model = timm.create_model(reference.name, pretrained=False, **options)
     return _filled(model, config, weights)
 
@@ -178,9 +182,14 @@ def _timm(reference: Reference, config: Any, weights: Sequence[Path]):
 def _filled(model, config: Any, weights: Sequence[Path]):
     """The original with the published tensors: all of them, but for a head that is left out."""
     state = _state_dict(weights)
-    if config.num_classes == 0:
-        head = _take_head(model)
-        state = {name: x for name, x in state.items() if not name.startswith(head + ".")}
+    unused = _take_heads(model) if config.num_classes == 0 else []
+    if getattr(model, "attn_pool", "") is None:  # timm leaves it out as well, where it averages
+        unused.append("attn_pool")
+    state = {
+        name: x
+        for name, x in state.items()
+        if not name.startswith(tuple(f"{layer}." for layer in unused))
+    }
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -188,13 +197,21 @@ def _filled(model, config: Any, weights: Sequence[Path]):
     return model
 
 
-def _take_head(model) -> str:
-    """Replace the last linear layer, of which the name is returned, by the identity."""
+def _take_heads(model) -> list[str]:
+    """Replace the last linear layer, and any twin beside it, by the identity. Their names."""
     from torch import nn
 
-    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    model.set_submodule(head, nn.Identity())
-    return head
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    *_, last = linear
+    heads = [
+        name
+        for name, m in linear.items()
+        if name.rpartition(".")[0] == last.rpartition(".")[0]
+        and m.weight.shape == linear[last].weight.shape
+    ]
+    for name in heads:
+        model.set_submodule(name, nn.Identity())
+    return heads
 
 
 def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]):
@@ -234,8 +251,8 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
         )
     missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if config.num_classes == 0:
-        head = _take_head(model)
-        missing = [name for name in missing if not str(name).startswith(head + ".")]
+        heads = tuple(f"{head}." for head in _take_heads(model))
+        missing = [name for name in missing if not str(name).startswith(heads)]
     if missing:
         raise VerificationError(
             f"{name} itself finds no weights for {', '.join(map(str, missing))}"
