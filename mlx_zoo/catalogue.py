@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -101,6 +102,34 @@ class Architecture:
         """Changes when any dialect changes, and with it what a conversion yields."""
         text = "".join(self.spec(dialect, config).fingerprint for dialect in self.dialects)
         return sha256(text.encode()).hexdigest()[:16]
+
+
+def bundled_digits(
+    architecture: str, config: Any, reference: Reference, *, file: str, evidence: str
+) -> Checkpoint:
+    """The small network that ships with the package, trained in PyTorch on handwritten digits."""
+    name = f"{architecture}_digits"
+    facts = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+    pixels = facts["preprocessing"]
+    return Checkpoint(
+        name=name,
+        architecture=architecture,
+        config=config,
+        source=f"package:{file}",
+        dialect="timm",
+        reference=reference,
+        evidence=f"package:{evidence}",
+        task="image-classification",
+        sha256=facts["sha256"][file],
+        license="mit",
+        num_params=facts["num_parameters"],
+        accuracy={"acc1": 100 * facts["accuracy"]["correct"] / facts["accuracy"]["total"]},
+        preprocessing=Preprocessing(
+            size=32, resize=32, mean=tuple(pixels["mean"]), std=tuple(pixels["std"])
+        ),
+        labels=tuple(facts["labels"]),
+        default=True,
+    )
 
 
 Row = Mapping[str, str]  # of a table: column -> cell

@@ -247,7 +247,9 @@ def predict(
     place = {"revision": chosen["revision"], "cache_dir": chosen["cache_dir"]}
     checkpoint = mlx_zoo.info(name, local_files_only=chosen["offline"], **place)
     task = chosen.pop("task") or _usual_task(checkpoint)
-    limit: dict[str, Any] = {} if top_k is None or task == "token-classification" else {"top_k": top_k}
+    limit: dict[str, Any] = (
+        {} if top_k is None or task == "token-classification" else {"top_k": top_k}
+    )
     if registry.architectures()[checkpoint.architecture].inputs == "images":
         run = mlx_zoo.pipeline(task, name, **load_options(**chosen))
     else:

@@ -17,8 +17,9 @@ from originals import proven, randomise, saved
 
 import mlx_zoo
 from mlx_zoo import registry
+from mlx_zoo.catalogue import Reference
 from mlx_zoo.mapping import engine
-from mlx_zoo.verify.reference import import_torchvision
+from mlx_zoo.verify.reference import create, import_torchvision
 
 torchvision = import_torchvision()
 import timm  # noqa: E402
@@ -29,15 +30,6 @@ NETWORKS = {
     for c in registry.checkpoints().values()
     if c.default and c.reference and c.reference.library in ("torchvision", "timm")
 }
-
-
-def original_of(checkpoint, **options):
-    """The publisher's network with fresh weights."""
-    reference, config = checkpoint.reference, checkpoint.config
-    options = {"num_classes": config.num_classes, **reference.options, **options}
-    if reference.library == "torchvision":
-        return torchvision.models.get_model(reference.name, weights=None, **options)
-    return timm.create_model(reference.name, in_chans=config.in_chans, **options)
 
 
 # What the networks compute ----------------------------------------------------------------------
@@ -76,7 +68,7 @@ def cases():
 
 def prove(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(registry._names(), registry.key(checkpoint.variant), checkpoint)
-    original = randomise(original_of(checkpoint))
+    original = randomise(create(checkpoint.reference, checkpoint.config))
     path = saved(original, tmp_path / "weights.pth")
     report = proven(mlx_zoo.load(checkpoint.variant, pretrained=path), size=64)
     compared = {row.name for row in report.layers}
@@ -125,15 +117,13 @@ def test_float16_weights_are_kept_and_close(tmp_path):
 
 
 @cache
-def abstract_original(library, name, options, num_classes, in_chans):
+def abstract_original(library, name, options, config):
     """Names and shapes of the original's tensors, without any memory for them."""
     options = dict(options)
+    if not config.num_classes:  # its constructors know how to leave the head out
+        options["num_classes"] = 0
     with torch.device("meta"):
-        if library == "torchvision":
-            model = torchvision.models.get_model(name, num_classes=num_classes or 1, **options)
-        else:
-            options = {"num_classes": num_classes, "in_chans": in_chans, **options}
-            model = timm.create_model(name, **options)
+        model = create(Reference(library, name, options), config)
     shapes = {n: tuple(x.shape) for n, x in model.state_dict().items()}
     return shapes, sum(p.numel() for p in model.parameters())
 
@@ -152,9 +142,7 @@ def test_every_image_entry_has_the_tensors_of_its_original(checkpoint):
     config, reference = checkpoint.config, checkpoint.reference
     model = architecture.model(config)  # lazy
     options = tuple(sorted(reference.options.items()))
-    theirs, count = abstract_original(
-        reference.library, reference.name, options, config.num_classes, config.in_chans
-    )
+    theirs, count = abstract_original(reference.library, reference.name, options, config)
     spec = architecture.spec(checkpoint.dialect, config)
     ours = {link.source: link.upstream_shape for link in engine.links(model, spec)}
     buffers = {name for name in theirs if name.endswith("num_batches_tracked")}
@@ -164,8 +152,14 @@ def test_every_image_entry_has_the_tensors_of_its_original(checkpoint):
 
 # Width and depth of Google's EfficientNets, by the paper's table.
 COEFFICIENTS = {
-    **{"b0": (1.0, 1.0), "b1": (1.0, 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4)},
-    **{"b4": (1.4, 1.8), "b5": (1.6, 2.2), "b6": (1.8, 2.6), "b7": (2.0, 3.1)},
+    "b0": (1.0, 1.0),
+    "b1": (1.0, 1.1),
+    "b2": (1.1, 1.2),
+    "b3": (1.2, 1.4),
+    "b4": (1.4, 1.8),
+    "b5": (1.6, 2.2),
+    "b6": (1.8, 2.6),
+    "b7": (2.0, 3.1),
 }
 
 

@@ -137,7 +137,7 @@ def test_wrong_numbers(folder, options, message):
 
 
 def test_convolutions_are_not_quantised():
-    with pytest.raises(ValueError, match="nothing to quantise in this resnet.*convolutions"):
+    with pytest.raises(ValueError, match=r"nothing to quantise in this resnet.*convolutions"):
         mlx_zoo.quantize(mlx_zoo.load("resnet18"))
 
 

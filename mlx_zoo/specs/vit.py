@@ -13,6 +13,7 @@ from mlx_zoo.catalogue import (
     Preprocessing,
     Reference,
     Row,
+    bundled_digits,
     config_from,
     num_labels,
     read_table,
@@ -219,6 +220,17 @@ def googles(size: str, patch_size: int, img_size: int, num_classes: int = 1000) 
 # torchvision's SWAG weights have a licence of their own, CC BY-NC 4.0:
 # https://github.com/facebookresearch/SWAG/blob/main/LICENSE
 CHECKPOINTS = (
+    bundled_digits(
+        "vit",
+        VITS["vit_digits"],
+        Reference(
+            "timm",
+            "vit_tiny_patch16_224",
+            {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 4},
+        ),
+        file="vit_digits.safetensors",
+        evidence="vit_digits_evidence.safetensors",
+    ),
     *read_table(Path(__file__).with_suffix(".tsv"), "vit", config_of, original_of),
     googles("base", 16, 224),
     googles("base", 16, 384),
@@ -258,6 +270,8 @@ ARCHITECTURE = Architecture(
     },
     inputs="images",
     tasks=("image-classification",),
+    paper="Dosovitskiy et al. 2020, arXiv:2010.11929",
+    full_precision=("head", "head_dist"),
     model_types=("vit", "deit"),
     read_config=from_transformers,
     classes={

@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlx_zoo import zoo
 from mlx_zoo.describe import Place
+from mlx_zoo.tasks.generation import TextGeneration
 from mlx_zoo.tasks.images import ImageClassification, ImageFeatures
 from mlx_zoo.tasks.spans import QuestionAnswering, TokenClassification
 from mlx_zoo.tasks.texts import FillMask, SentenceEmbedding, TextClassification
@@ -61,12 +62,6 @@ def pipeline(
     return PIPELINES[task](model.eval(), place)
 
 
-def _text_generation(model: nn.Module, place: Place) -> Callable[..., Any]:
-    from mlx_zoo.tasks.generation import TextGeneration
-
-    return TextGeneration(model, place, {})
-
-
 IMAGE_TASKS = (ImageClassification.task, ImageFeatures.task)
 PIPELINES: dict[str, Callable[[nn.Module, Place], Callable[..., Any]]] = {
     ImageClassification.task: ImageClassification,
@@ -76,5 +71,5 @@ PIPELINES: dict[str, Callable[[nn.Module, Place], Callable[..., Any]]] = {
     TokenClassification.task: TokenClassification,
     QuestionAnswering.task: QuestionAnswering,
     SentenceEmbedding.task: SentenceEmbedding,
-    "text-generation": _text_generation,
+    TextGeneration.task: TextGeneration,
 }

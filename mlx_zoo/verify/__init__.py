@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,18 +12,17 @@ import numpy as np
 
 from mlx_zoo import describe, registry, zoo
 from mlx_zoo.catalogue import Architecture
-from mlx_zoo.describe import Place, path_of
+from mlx_zoo.describe import Place
 from mlx_zoo.errors import MissingDependency, VerificationError
 from mlx_zoo.hub import cache
-from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.hub.fetch import fetch_weights
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
-from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare, reference
 from mlx_zoo.verify.preprocessing import compare_preprocessing
 from mlx_zoo.verify.quantized import against_full_precision
 from mlx_zoo.verify.report import TOLERANCES, Report, judge
+from mlx_zoo.verify.stored import against_stored
 
 __all__ = ["Report", "verify"]
 
@@ -82,7 +81,7 @@ def verify(
                 return against_full_precision(model, place, seed, _device())
             if _can_run_original(checkpoint):
                 return _against_original(model, place, size, seed)
-            return _against_stored(model)
+            return against_stored(model, _precision(model), _device())
     finally:
         for module, training in modes:
             module.train(training)
@@ -129,7 +128,10 @@ class Pair:
     def out_of(self, seen: Mapping[str, np.ndarray], layer: nn.Module, like: np.ndarray):
         """What the original's layer gave, as ours gives it: (B, ..., C), of the shape of `like`."""
         values = np.split(channels_last(seen[self.theirs], layer), self.parts, axis=-1)[self.part]
-        # Position embeddings have no batch axis here; a changed network may have another size.
+        # Position embeddings have no batch axis, here or there; a changed network may have
+        # another size.
+        if values.ndim == like.ndim and values.shape[1:] == like.shape[1:] and len(values) == 1:
+            return np.broadcast_to(values, like.shape)
         return values.reshape(like.shape) if values.size == like.size else values
 
 
@@ -214,46 +216,6 @@ def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, 
         if not unknown[dialect]:
             return pairs
     raise VerificationError(f"the original has no layer {unknown[own][0]}")
-
-
-def _against_stored(model: nn.Module) -> Report:
-    """Against outputs of the original, in float64, that were stored when it could be run."""
-    checkpoint = model.checkpoint
-    stored = {
-        name: np.array(x, copy=True)
-        for name, x in read_state_dict([path_of(checkpoint.evidence)]).items()
-    }
-    images = stored["images"]
-    if model.config.num_classes != stored["logits"].shape[1]:
-        raise VerificationError(
-            f"the stored outputs of {checkpoint.name} are of {stored['logits'].shape[1]} classes, "
-            f'this network has {model.config.num_classes}: pip install "mlx-zoo[torch]"'
-        )
-    layers = [
-        name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")
-    ]
-    inputs = {"pixel_values": preprocess(list(images), checkpoint.preprocessing)}
-    precision = _precision(model)
-    output, single = compare.run(model, inputs, ())[0]["output"], stored["logits_torch32"]
-    few = {"pixel_values": inputs["pixel_values"][: len(stored["reference_inputs"])]}
-    _, seen = compare.run(model, few, layers)
-    rows = []
-    for name, values in seen.items():
-        index = stored[f"layer.{name}.index"]
-        sample = values.reshape(-1)[index[index < values.size]]
-        theirs, double = stored[f"layer.{name}.torch32"], stored[f"layer.{name}.sample"]
-        row = judge(name, sample, theirs, double, precision)
-        rows.append(replace(row, scale=float(stored[f"layer.{name}.scale"][0])))
-    return Report(
-        name=checkpoint.name,
-        evidence="stored outputs of the PyTorch original, in float32 and float64",
-        outputs=(judge("output", output, single, stored["logits"], precision),),
-        layers=tuple(rows),
-        device=_device(),
-        seed=None,
-        inputs=f"{len(images)} held-out images",
-        versions=cache.versions(),
-    )
 
 
 def _device() -> str:

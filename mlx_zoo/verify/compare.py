@@ -46,7 +46,9 @@ def random_inputs(
     mask = np.ones(shape, np.int32)
     mask[1, ..., -(length // 3) :] = 0
     inputs = {
-        "input_ids": rng.integers(0, config.vocab_size, shape, dtype=np.int32),
+        # 0 for padding alone: by it, transformers' GPT-2 finds the last token of a text.
+        "input_ids": mask
+        * rng.integers(min(1, config.vocab_size - 1), config.vocab_size, shape, np.int32),
         "attention_mask": mask,
     }
     if hasattr(config, "type_vocab_size"):

@@ -39,9 +39,13 @@ def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weight
     if reference.library == "transformers":
         model = _transformers(checkpoint, config, files)
     else:
-        make = {"torchvision": _torchvision, "timm": _timm}[reference.library]
-        model = make(reference, config, weights)
+        model = _filled(create(reference, config), config, weights)
     return model.eval().float()
+
+
+def create(reference: Reference, config: Any):
+    """torchvision's or timm's network for a config of ours, with fresh weights."""
+    return {"torchvision": _torchvision, "timm": _timm}[reference.library](reference, config)
 
 
 def versions(library: str) -> dict[str, str]:
@@ -153,18 +157,17 @@ def import_torchvision():
 _kept: list[Any] = []
 
 
-def _torchvision(reference: Reference, config: Any, weights: Sequence[Path]):
+def _torchvision(reference: Reference, config: Any):
     torchvision = import_torchvision()
     if config.in_chans != 3:
         raise VerificationError(f"torchvision's networks take 3 channels, not {config.in_chans}")
     options = {"num_classes": config.num_classes or 1, **reference.options}
     if hasattr(config, "img_size"):
         options.setdefault("image_size", config.img_size)
-    model = torchvision.models.get_model(reference.name, weights=None, **options)
-    return _filled(model, config, weights)
+    return torchvision.models.get_model(reference.name, weights=None, **options)
 
 
-def _timm(reference: Reference, config: Any, weights: Sequence[Path]):
+def _timm(reference: Reference, config: Any):
     import_torchvision()
     import timm
 
@@ -175,8 +178,21 @@ def _timm(reference: Reference, config: Any, weights: Sequence[Path]):
     }
     if hasattr(config, "img_size"):
         options.setdefault("img_size", config.img_size)
-    model = timm.create_model(reference.name, pretrained=False, **options)
-    return _filled(model, config, weights)
+    if reference.name == "EfficientNet":
+        return _timm_efficientnet(**options)
+    return timm.create_model(reference.name, pretrained=False, **options)
+
+
+def _timm_efficientnet(stages: Sequence[str], bn_eps: float, **options: Any):
+    """timm's EfficientNet of any stages, in its own notation; create_model has only its own."""
+    from functools import partial
+
+    import torch
+    from timm.models._efficientnet_builder import decode_arch_def
+    from timm.models.efficientnet import EfficientNet
+
+    norm = partial(torch.nn.BatchNorm2d, eps=bn_eps)
+    return EfficientNet(decode_arch_def([[stage] for stage in stages]), norm_layer=norm, **options)
 
 
 def _filled(model, config: Any, weights: Sequence[Path]):
@@ -249,6 +265,11 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
         model, loading = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", **options
         )
+    if name == "GPT2ForSequenceClassification":
+        model.config.pad_token_id = 0  # of compare.random_inputs
+    for module in model.modules():
+        if getattr(module, "reorder_and_upcast_attn", False):  # the same, but refuses float64
+            module.reorder_and_upcast_attn = False
     missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if config.num_classes == 0:
         heads = tuple(f"{head}." for head in _take_heads(model))

@@ -1,0 +1,313 @@
+"""EfficientNet and EfficientNetV2: timm, torchvision and transformers (google/efficientnet-*)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_zoo.catalogue import (
+    Architecture,
+    Checkpoint,
+    Preprocessing,
+    Reference,
+    bundled_digits,
+    imagenet_labels,
+    num_labels,
+    read_table,
+)
+from mlx_zoo.errors import UnsupportedConfig
+from mlx_zoo.mapping.spec import Spec
+from mlx_zoo.models.efficientnet import (
+    EFFICIENTNETS,
+    EfficientNet,
+    EfficientNetConfig,
+    Stage,
+    rounded,
+)
+from mlx_zoo.models.layers import ACTIVATIONS
+
+# A network without its head may do without the classifier.
+TIMM = Spec(drop=("*.num_batches_tracked", "classifier.weight", "classifier.bias"))
+
+# torchvision's layers have numbers, in the order of execution.
+TORCHVISION_BLOCKS = {
+    "inverted": {
+        "block.0.0": "conv_pw",
+        "block.0.1": "bn1",
+        "block.1.0": "conv_dw",
+        "block.1.1": "bn2",
+        "block.2.fc1": "se.conv_reduce",
+        "block.2.fc2": "se.conv_expand",
+        "block.3.0": "conv_pwl",
+        "block.3.1": "bn3",
+    },
+    "separable": {
+        "block.0.0": "conv_dw",
+        "block.0.1": "bn1",
+        "block.1.fc1": "se.conv_reduce",
+        "block.1.fc2": "se.conv_expand",
+        "block.2.0": "conv_pw",
+        "block.2.1": "bn2",
+    },
+    "fused": {
+        "block.0.0": "conv_exp",
+        "block.0.1": "bn1",
+        "block.1.0": "conv_pwl",
+        "block.1.1": "bn2",
+    },
+    "conv": {"block.0.0": "conv", "block.0.1": "bn1"},
+}
+
+
+def torchvision(config: EfficientNetConfig) -> Spec:
+    head = len(config.stages) + 1
+    rows = {
+        "features.0.0": "conv_stem",
+        "features.0.1": "bn1",
+        f"features.{head}.0": "conv_head",
+        f"features.{head}.1": "bn2",
+        "classifier.1": "classifier",
+    }
+    for s, stage in enumerate(config.stages):
+        for theirs, ours in TORCHVISION_BLOCKS[stage.kind].items():
+            rows[f"features.{s + 1}.{{j}}.{theirs}"] = f"blocks.{s}.{{j}}.{ours}"
+    return Spec(rows, drop=("*.num_batches_tracked", "classifier.1.weight", "classifier.1.bias"))
+
+
+TRANSFORMERS_BLOCKS = {
+    "inverted": {
+        "expansion.expand_conv": "conv_pw",
+        "expansion.expand_bn": "bn1",
+        "depthwise_conv.depthwise_conv": "conv_dw",
+        "depthwise_conv.depthwise_norm": "bn2",
+        "squeeze_excite.reduce": "se.conv_reduce",
+        "squeeze_excite.expand": "se.conv_expand",
+        "projection.project_conv": "conv_pwl",
+        "projection.project_bn": "bn3",
+    },
+    "separable": {
+        "depthwise_conv.depthwise_conv": "conv_dw",
+        "depthwise_conv.depthwise_norm": "bn1",
+        "squeeze_excite.reduce": "se.conv_reduce",
+        "squeeze_excite.expand": "se.conv_expand",
+        "projection.project_conv": "conv_pw",
+        "projection.project_bn": "bn2",
+    },
+}
+
+
+def transformers(config: EfficientNetConfig) -> Spec:
+    """Its blocks are counted through all stages; it has no V2."""
+    rows = {
+        "embeddings.convolution": "conv_stem",
+        "embeddings.batchnorm": "bn1",
+        "encoder.top_conv": "conv_head",
+        "encoder.top_bn": "bn2",
+    }
+    first = 0
+    for s, stage in enumerate(config.stages):
+        for theirs, ours in TRANSFORMERS_BLOCKS.get(stage.kind, {}).items():
+            rows[f"encoder.blocks.{{j+{first}}}.{theirs}"] = f"blocks.{s}.{{j}}.{ours}"
+        first += stage.depth
+    return Spec(
+        rows,
+        prefix="efficientnet.",
+        heads=("classifier",),
+        drop=("*.num_batches_tracked", "classifier.weight", "classifier.bias"),
+    )
+
+
+# What a transformers config.json is silent about; B7's.
+DEFAULTS: dict[str, Any] = {
+    "num_channels": 3,
+    "width_coefficient": 2.0,
+    "depth_coefficient": 3.1,
+    "depth_divisor": 8,
+    "kernel_sizes": (3, 3, 5, 3, 5, 5, 3),
+    "in_channels": (32, 16, 24, 40, 80, 112, 192),
+    "out_channels": (16, 24, 40, 80, 112, 192, 320),
+    "depthwise_padding": (),
+    "strides": (1, 2, 2, 2, 1, 2, 1),
+    "num_block_repeats": (1, 2, 2, 3, 3, 4, 1),
+    "expand_ratios": (1, 6, 6, 6, 6, 6, 6),
+    "squeeze_expansion_ratio": 0.25,
+    "hidden_act": "swish",
+    "hidden_dim": 2560,
+    "pooling_type": "mean",
+    "batch_norm_eps": 1e-3,
+    "dropout_rate": 0.5,
+    "drop_connect_rate": 0.2,
+}
+
+
+def from_transformers(config: Mapping[str, Any]) -> EfficientNetConfig:
+    """Read a transformers EfficientNetConfig.
+
+    Raises UnsupportedConfig naming what is not implemented, and where the sizes do not fit.
+    """
+    said = {name: config.get(name, default) for name, default in DEFAULTS.items()}
+
+    def width(channels: int) -> int:
+        return rounded(channels * said["width_coefficient"], divisor=said["depth_divisor"])
+
+    def refuse(name: str) -> None:
+        raise UnsupportedConfig(f"{name}={said[name]!r} in config.json is not implemented")
+
+    if said["pooling_type"] != "mean":
+        refuse("pooling_type")
+    if said["hidden_act"] not in ACTIVATIONS:
+        refuse("hidden_act")
+    if said["squeeze_expansion_ratio"] <= 0:
+        refuse("squeeze_expansion_ratio")
+    if said["hidden_dim"] != width(1280):
+        refuse("hidden_dim")
+    stages: list[Stage] = []
+    before = width(32)
+    columns = ("in_channels", "out_channels", "num_block_repeats", "kernel_sizes", "strides")
+    for taken, given, repeats, kernel, stride, expansion in zip(
+        *(said[name] for name in (*columns, "expand_ratios")), strict=True
+    ):
+        stage = Stage(
+            kind="separable" if expansion == 1 else "inverted",
+            depth=math.ceil(said["depth_coefficient"] * repeats),
+            kernel=kernel,
+            stride=stride,
+            expansion=expansion,
+            width=width(given),
+            squeeze=said["squeeze_expansion_ratio"],
+        )
+        if width(taken) != before:
+            refuse("in_channels")
+        if stride == 1 and stage.width == before:  # there, a stage's first block has no shortcut
+            refuse("out_channels")
+        before = stage.width
+        stages.append(stage)
+    return EfficientNetConfig(
+        stages=tuple(stages),
+        stem_width=width(32),
+        head_width=said["hidden_dim"],
+        act=said["hidden_act"],
+        padding="even",
+        symmetric_blocks=tuple(said["depthwise_padding"]),
+        norm_eps=said["batch_norm_eps"],
+        dropout=said["dropout_rate"],
+        drop_path=said["drop_connect_rate"],
+        num_classes=num_labels(config),
+        in_chans=said["num_channels"],
+    )
+
+
+# Checkpoints ------------------------------------------------------------------------------------
+
+
+# torchvision's weights that were TensorFlow's once, as were those of V2.
+PORTED = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7")
+
+
+def configured(row: Mapping[str, str]) -> EfficientNetConfig:
+    """The config of a row: of names that two publishers share, with the row's epsilon."""
+    variant = row["name"].partition(".")[0]
+    config = replace(EFFICIENTNETS[variant], num_classes=int(row["num_classes"]))
+    if row["library"] == "torchvision" and variant in PORTED:
+        return replace(config, norm_eps=1e-3)
+    return config
+
+
+def odd_blocks(config: EfficientNetConfig, size: int) -> Iterator[int]:
+    """The blocks that stride where the image, of `size` at first, has an odd side."""
+    size, block = math.ceil(size / 2), 0
+    for stage in config.stages:
+        if stage.stride == 2:
+            if size % 2:
+                yield block
+            size = math.ceil(size / 2)
+        block += stage.depth
+
+
+def published(name: str, size: int) -> Checkpoint:
+    """A repository of Google's; its own config.json has the last word when it is loaded."""
+    config = EFFICIENTNETS[f"efficientnet_{name}"]
+    config = replace(config, act="swish", padding="even", norm_eps=1e-3)
+    std = (0.47853944, 0.4732864, 0.47434163)
+    return Checkpoint(
+        name=f"efficientnet_{name}.google",
+        architecture="efficientnet",
+        config=replace(config, symmetric_blocks=tuple(odd_blocks(config, size))),
+        source=f"hf-hub:google/efficientnet-{name}",
+        dialect="transformers",
+        reference=Reference("transformers"),
+        task="image-classification",
+        license="apache-2.0",
+        preprocessing=Preprocessing(
+            size=size,
+            resize=size,
+            interpolation="nearest",
+            std=tuple(s * s for s in std),  # it divides twice
+            crop_mode="squash",
+        ),
+        labels=imagenet_labels(),
+        aliases=(f"google/efficientnet-{name}",),
+    )
+
+
+# timm's own notation for the stages of the bundled network.
+DIGITS = (
+    *("ds_r1_k3_s1_e1_c16_se0.25", "ir_r2_k3_s2_e4_c24_se0.25"),
+    *("ir_r2_k5_s2_e4_c40_se0.25", "ir_r2_k3_s1_e4_c48_se0.25"),
+)
+
+GOOGLES = {
+    "b0": 224,
+    "b1": 240,
+    "b2": 260,
+    "b3": 300,
+    "b4": 380,
+    "b5": 456,
+    "b6": 528,
+    "b7": 600,
+}
+
+CHECKPOINTS = (
+    bundled_digits(
+        "efficientnet",
+        EFFICIENTNETS["efficientnet_digits"],
+        Reference(
+            "timm",
+            "EfficientNet",
+            {
+                "stages": DIGITS,
+                "stem_size": 16,
+                "num_features": 192,
+                "pad_type": "same",
+                "bn_eps": 1e-3,
+                "act_layer": "silu",
+            },
+        ),
+        file="efficientnet_digits.safetensors",
+        evidence="efficientnet_digits_evidence.safetensors",
+    ),
+    *read_table(Path(__file__).with_suffix(".tsv"), "efficientnet", configured),
+    *(published(name, size) for name, size in GOOGLES.items()),
+)
+
+ARCHITECTURE = Architecture(
+    name="efficientnet",
+    model=EfficientNet,
+    variants=EFFICIENTNETS,
+    dialects={"timm": TIMM, "torchvision": torchvision, "transformers": transformers},
+    inputs="images",
+    tasks=("image-classification",),
+    paper="Tan & Le 2019, arXiv:1905.11946; V2: 2021, arXiv:2104.00298",
+    full_precision=("classifier",),
+    model_types=("efficientnet",),
+    read_config=from_transformers,
+    classes={
+        "EfficientNetForImageClassification": "image-classification",
+        "EfficientNetModel": None,
+    },
+    timm_args={"drop_rate": "dropout", "drop_path_rate": "drop_path", "bn_eps": "norm_eps"},
+    without_head=lambda config: replace(config, num_classes=0),
+)
