@@ -52,8 +52,7 @@ class Comparison:
         accurate = self.error <= FACTOR * max(self.torch_error, CHANCE[self.precision] * self.scale)
         if self.precision != "float32":
             return accurate or self.max_abs <= allowed
-        # Two float32 networks, each that far from the truth, may be twice as far from each other.
-        return accurate and (self.max_abs <= allowed or 2 * self.torch_error > allowed)
+        return accurate and (self.max_abs <= allowed or self.torch_error > allowed)
 
 
 def judge(
