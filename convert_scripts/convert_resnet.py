@@ -2,7 +2,7 @@
 
     python convert_scripts/convert_resnet.py out/ resnet18 resnet50.a1_in1k
 
-Without names: every ResNet that torchvision publishes.
+Without names: every one that torchvision publishes.
 """
 
 import sys
@@ -12,7 +12,7 @@ import mlx_zoo
 
 
 def main(out: str, *names: str) -> None:
-    for name in names or mlx_zoo.list_models("*res*.imagenet1k_*", pretrained=True):
+    for name in names or mlx_zoo.list_models("*.imagenet1k_*", family="resnet"):
         print(mlx_zoo.convert(name, Path(out, name)))
 
 

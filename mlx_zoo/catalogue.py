@@ -132,6 +132,31 @@ def bundled_digits(
     )
 
 
+def bundled_texts(
+    name: str, architecture: str, task: str, read_config: Callable[[Mapping[str, Any]], Any]
+) -> Checkpoint:
+    """A small network for texts that ships with the package, as transformers saves one."""
+    config, facts = (
+        json.loads((DATA / name / file).read_text(encoding="utf-8"))
+        for file in ("config.json", "facts.json")
+    )
+    return Checkpoint(
+        name=name,
+        architecture=architecture,
+        config=read_config(config),
+        source=f"package:{name}",
+        dialect="transformers",
+        reference=Reference("transformers"),
+        evidence=f"package:{name}/evidence.safetensors",
+        task=task,
+        sha256=facts["sha256"]["model.safetensors"],
+        license="mit",
+        num_params=facts["num_parameters"],
+        labels=labels(config) if "id2label" in config else (),
+        default=True,
+    )
+
+
 Row = Mapping[str, str]  # of a table: column -> cell
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,26 @@ def show(value: Any) -> None:
 @click.option("--task", help="For which there is a head: fill-mask.")
 @click.option("--source", help="Whose weights: torchvision, timm, transformers.")
 @click.option("--max-params", type=float, help="The most parameters: 25e6.")
-@click.option("--markdown", is_flag=True, help="A table of what can be loaded, as in the README.")
+@click.option("--families", is_flag=True, help="One row for each architecture instead.")
+@click.option("--markdown", is_flag=True, help="A table in Markdown, as in the documentation.")
 @as_json
-def list_models(pattern: str, markdown: bool, as_json: bool, **filters: Any) -> None:
+def list_models(
+    pattern: str, families: bool, markdown: bool, as_json: bool, **filters: Any
+) -> None:
     """The models whose names match PATTERN ('resnet50*')."""
-    if markdown:
-        click.echo(_markdown(pattern, **filters))
-        return
     names = mlx_zoo.list_models(pattern, **filters)
+    if families or markdown:
+        head, *rows = _families(names) if families else _models(names)
+        if as_json:
+            show([dict(zip(head, row, strict=True)) for row in rows])
+        elif markdown:
+            click.echo("\n".join(f"| {' | '.join(row)} |" for row in (head, RULES[head], *rows)))
+        else:
+            table = Table(*head, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*(Text(cell.strip("`")) for cell in row))
+            console().print(table)
+        return
     if as_json:
         show(names)
         return
@@ -247,15 +260,12 @@ def predict(
     place = {"revision": chosen["revision"], "cache_dir": chosen["cache_dir"]}
     checkpoint = mlx_zoo.info(name, local_files_only=chosen["offline"], **place)
     task = chosen.pop("task") or _usual_task(checkpoint)
-    limit: dict[str, Any] = (
-        {} if top_k is None or task == "token-classification" else {"top_k": top_k}
-    )
-    if registry.architectures()[checkpoint.architecture].inputs == "images":
-        run = mlx_zoo.pipeline(task, name, **load_options(**chosen))
-    else:
-        run = mlx_zoo.pipeline(task, name, **load_options(**chosen, task=task))
+    run = mlx_zoo.pipeline(task, name, **load_options(**chosen))
+    how: dict[str, Any] = {}
     if task == "token-classification":
-        limit["aggregation_strategy"] = "simple"
+        how["aggregation_strategy"] = "simple"
+    elif top_k is not None:
+        how["top_k"] = top_k
     questions: list[Any] = list(inputs)
     if task == "question-answering":
         if context is None:
@@ -263,7 +273,7 @@ def predict(
         if context.startswith("@"):
             context = Path(context[1:]).read_text(encoding="utf-8")
         questions = [{"question": text, "context": context} for text in inputs]
-    answers = run(questions, **limit)
+    answers = run(questions, **how)
     if as_json:
         show(dict(zip(inputs, answers, strict=True)))
         return
@@ -494,28 +504,48 @@ def _revision_policy(checkpoint: Checkpoint) -> str | None:
     return "the newest at the first load, then that commit"
 
 
-def _markdown(pattern: str, **filters: Any) -> str:
+MODELS = ("model", "parameters", "checkpoints", "top-1", "licence", "original")
+FAMILIES = ("family", "networks", "checkpoints", "of", "parameters", "tasks")
+RULES = {MODELS: ("---", "---:", "---:", "---:", "---", "---"), FAMILIES: ("---",) * 6}
+
+
+def _models(names: list[str]) -> Iterator[tuple[str, ...]]:
     """One row for each bare name that has published weights."""
-    rows = [
-        "| model | parameters | checkpoints | top-1 | licence | original |",
-        "|---|---:|---:|---:|---|---|",
-    ]
-    for name in mlx_zoo.list_models(pattern, **{**filters, "pretrained": True}):
+    yield MODELS
+    tags = Counter(c.variant for c in registry.checkpoints().values())
+    for name in names:
         checkpoint = mlx_zoo.info(name)
         if not checkpoint.default or name != checkpoint.variant:
             continue
-        tags = mlx_zoo.list_models(f"{name}.*", pretrained=True)
         accuracy = checkpoint.accuracy.get("acc1")
-        cells = (
+        yield (
             f"`{name}`",
             f"{registry.num_parameters(checkpoint) / 1e6:.1f} M",
-            str(max(len(tags), 1)),
+            str(tags[name]),
             f"{accuracy:.1f} %" if accuracy else "",
             checkpoint.license or "",
-            checkpoint.reference.library if checkpoint.reference else "",
+            registry.publisher(checkpoint),
         )
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+
+
+def _families(names: list[str]) -> Iterator[tuple[str, ...]]:
+    """One row for each architecture."""
+    yield FAMILIES
+    published = {c.name: c for name in names if (c := mlx_zoo.info(name)).source}
+    for name, architecture in registry.architectures().items():
+        own = [c for c in published.values() if c.architecture == name]
+        if not own:
+            continue
+        sizes = [registry.num_parameters(c) / 1e6 for c in own]
+        publishers = Counter(map(registry.publisher, own))
+        yield (
+            f"`{name}`",
+            str(len({c.variant for c in own})),
+            str(len(own)),
+            ", ".join(f"{publisher} {count}" for publisher, count in publishers.items()),
+            f"{min(sizes):.1f} M to {max(sizes):,.0f} M",
+            ", ".join(architecture.tasks),
+        )
 
 
 def _system() -> dict[str, Any]:

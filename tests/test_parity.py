@@ -91,10 +91,20 @@ def test_the_network_is_its_original(checkpoint, tmp_path, monkeypatch):
     prove(checkpoint, tmp_path, monkeypatch)
 
 
+def whole():
+    """The networks that were made shallow above, as they are; of several image sizes, one."""
+    seen = {}
+    for checkpoint in NETWORKS.values():
+        if shallow(checkpoint) != checkpoint and checkpoint.num_params < 1.2e8:
+            fields = {k: v for k, v in vars(checkpoint.config).items() if k != "img_size"}
+            seen.setdefault((checkpoint.architecture, *fields.items()), checkpoint)
+    return list(seen.values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_params < 3.2e8])
-def test_the_whole_network_is_its_original(name, tmp_path, monkeypatch):
-    prove(NETWORKS[name], tmp_path, monkeypatch)
+@pytest.mark.parametrize("checkpoint", whole(), ids=lambda c: c.variant)
+def test_the_whole_network_is_its_original(checkpoint, tmp_path, monkeypatch):
+    prove(checkpoint, tmp_path, monkeypatch)
 
 
 def test_two_images_get_two_answers(tmp_path):
@@ -104,13 +114,17 @@ def test_two_images_get_two_answers(tmp_path):
     assert mx.abs(one - other).max().item() > 1e-2
 
 
-def test_float16_weights_are_kept_and_close(tmp_path):
-    original = randomise(torchvision.models.resnet18())
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "tf_efficientnet_b0"],
+)
+def test_half_precision_is_close(name, dtype, tmp_path):
+    original = randomise(create(NETWORKS[name].reference, NETWORKS[name].config))
     path = saved(original, tmp_path / "weights.pth")
-    for dtype in ("float16", "bfloat16"):
-        report = mlx_zoo.verify("resnet18", path, dtype=dtype, size=64)
-        assert report.tolerance == 1e-2
-        assert report.passed, report.reason
+    report = mlx_zoo.verify(name, path, dtype=dtype, size=64)
+    assert report.tolerance == 1e-2
+    assert report.passed, report.reason
 
 
 # What is in the catalogue -----------------------------------------------------------------------

@@ -19,14 +19,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_models_is_current():
-    table = CliRunner().invoke(main, ["list", "--markdown"]).output.strip()
-    written = re.search(
-        r"<!-- models: mlx-zoo list --markdown -->\n(.*?)\n?<!-- end of models -->",
-        README,
-        re.DOTALL,
-    )
-    assert written[1].strip() == table, "run `mlx-zoo list --markdown` and put its output there"
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [("README.md", ["--families", "--markdown"]), ("MODELS.md", ["--markdown"])],
+)
+def test_the_tables_of_models_are_current(file, options):
+    command = " ".join(["mlx-zoo list", *options])
+    table = CliRunner().invoke(main, ["list", *options]).output.strip()
+    text = (ROOT / file).read_text(encoding="utf-8")
+    pattern = rf"<!-- models: {command} -->\n(.*?)\n?<!-- end of models -->"
+    written = re.search(pattern, text, re.DOTALL)
+    assert written[1].strip() == table, f"run `{command}` and put its output there"
 
 
 def test_the_example_runs(monkeypatch, capsys):
@@ -36,6 +39,7 @@ def test_the_example_runs(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "passed: the same network" in printed
     assert "[{'label': '7'" in printed
+    assert len(printed.splitlines()[-1]) > 10, "the text that was generated"
 
 
 def test_the_commands_are_those_of_continuous_integration():
@@ -58,10 +62,19 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     subprocess.run([sys.executable, script], cwd=path.parent, check=True, timeout=120)
 
 
-def test_the_conversion_scripts(minilm, tmp_path, capsys):
-    script = runpy.run_path(str(ROOT / "convert_scripts" / "convert_resnet.py"))
-    script["main"](str(tmp_path / "resnets"), "resnet_digits")
-    mlx_zoo.load(f"local-dir:{tmp_path / 'resnets' / 'resnet_digits'}", pretrained=True)
+@pytest.mark.parametrize("family", ["resnet", "vit", "efficientnet"])
+def test_the_conversion_scripts_for_images(family, tmp_path):
+    script = runpy.run_path(str(ROOT / "convert_scripts" / f"convert_{family}.py"))
+    script["main"](str(tmp_path), f"{family}_digits")
+    mlx_zoo.load(f"local-dir:{tmp_path / f'{family}_digits'}", pretrained=True)
+
+
+def test_the_conversion_scripts_for_texts(minilm, tmp_path):
+    script = runpy.run_path(str(ROOT / "convert_scripts" / "convert_gpt2.py"))
+    script["main"](str(tmp_path / "gpt2"), "gpt2_docs", "8")
+    write = mlx_zoo.pipeline("text-generation", f"local-dir:{tmp_path / 'gpt2'}")
+    assert write.model.quantization.bits == 8
+    assert write("Return the", max_tokens=3)[0]["generated_text"] > "Return the"
 
     script = runpy.run_path(str(ROOT / "convert_scripts" / "convert_bert.py"))
     script["main"](str(tmp_path / "bert"), f"local-dir:{minilm}", "sentence-embedding")

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mlx_zoo.catalogue import Architecture, Checkpoint, Reference, config_from, num_labels
+from mlx_zoo.catalogue import (
+    Architecture,
+    Checkpoint,
+    Reference,
+    bundled_texts,
+    config_from,
+    num_labels,
+)
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Conv1D, Spec, qkv
 from mlx_zoo.models.gpt2 import GPT2, GPT2S, HEADS, GPT2Config
@@ -138,6 +145,7 @@ def cerebras(dims: int, num_layers: int, num_heads: int) -> GPT2Config:
 
 
 CHECKPOINTS = (
+    bundled_texts("gpt2_docs", "gpt2", "text-generation", from_transformers),
     published("openai-community/gpt2", "mit", 124_439_808, SMALL),
     published("openai-community/gpt2-medium", "mit", 354_823_168, MEDIUM),
     published("openai-community/gpt2-large", "mit", 774_030_080, LARGE),

@@ -2,7 +2,8 @@
 
 A file of evidence for images holds `logits` and, of some `reference_inputs`, samples of what the
 layers gave: `layer.<name>.{index,sample,torch32,scale}`. The images themselves are shared. One for
-texts holds `input.<name>`, and `output.<name>` with `output.<name>.torch32`.
+texts holds `input.<name>`, and `output.<name>` with `output.<name>.torch32`; of a large output, the
+values at `output.<name>.index` and its `output.<name>.shape`.
 """
 
 from __future__ import annotations
@@ -72,19 +73,22 @@ def _images(model: nn.Module, stored: Stored, precision: str) -> Compared:
 def _texts(model: nn.Module, stored: Stored, precision: str) -> Compared:
     inputs = {name: stored[f"input.{name}"] for name in INPUTS if f"input.{name}" in stored}
     outputs, _ = compare.run(model, inputs, ())
+    shapes = {
+        name.removesuffix(".torch32"): tuple(stored.get(f"{name[:-8]}.shape", x.shape))
+        for name, x in stored.items()
+        if name.endswith(".torch32")
+    }
     rows = []
     for name, x in outputs.items():
-        # A network with one output has no name for it; of the stored ones, its shape tells.
-        like = [n for n in _outputs(stored) if stored[n].shape == x.shape]
-        source = f"output.{name}" if f"output.{name}" in stored else next(iter(like), None)
+        # A network with one output has no name for it: its shape tells which of the stored it is.
+        like = [source for source, shape in shapes.items() if shape == x.shape]
+        source = f"output.{name}" if f"output.{name}" in shapes else next(iter(like), None)
         if source is None:
             raise _nothing_stored(model, "another head", model.config.task)
-        rows.append(judge(name, x, stored[f"{source}.torch32"], stored[source], precision))
+        index = stored.get(f"{source}.index")
+        ours = x if index is None else x.reshape(-1)[index]
+        rows.append(judge(name, ours, stored[f"{source}.torch32"], stored[source], precision))
     return tuple(rows), (), f"{len(inputs[INPUTS[0]])} held-out texts"
-
-
-def _outputs(stored: Stored) -> list[str]:
-    return [n for n in stored if n.startswith("output.") and not n.endswith(".torch32")]
 
 
 def _nothing_stored(model: nn.Module, what: str, wanted: object) -> VerificationError:
