@@ -91,6 +91,7 @@ class Architecture:
     # How many outputs the head has; None where that is not for the user to say.
     head_size: Callable[[Any], int | None] = lambda config: config.num_classes
     fixed_sizes: Mapping[str, int] = field(default_factory=dict)  # tasks that say it themselves
+    head_fields: tuple[str, ...] = ()  # of the config, that belong to a head as num_classes does
     full_precision: tuple[str, ...] = ()  # layers that quantisation leaves alone; `*` is anything
 
     def spec(self, dialect: str, config: Any) -> Spec:
@@ -232,8 +233,8 @@ def as_size(size: Any) -> int | tuple[int, int]:
 
     ValueError for anything but whole numbers above 0.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError(f"img_size={size!r}: a side in pixels, or (H, W), is needed")
     return sides[0] if sides[0] == sides[1] else sides
 
@@ -272,7 +273,7 @@ def config_from(kind: type, values: Mapping[str, Any]) -> Any:
 
 def _check_type(kind: type, name: str, value: Any, default: Any) -> None:
     """A field takes what its default is: a count no text, a tuple of counts no single count."""
-    if default is MISSING or default is None or value is None:
+    if default is MISSING or default is None:
         return
     accepted = (int, float) if isinstance(default, float) else type(default)
     right = isinstance(value, accepted) and isinstance(value, bool) == isinstance(default, bool)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -116,11 +117,13 @@ def list_models(
     """The models whose names match PATTERN ('resnet50*')."""
     names = mlx_zoo.list_models(pattern, **filters)
     if families or markdown:
-        head, *rows = _families(names) if families else _models(names)
+        head = FAMILIES if families else MODELS
+        rows = list(_families(names) if families else _models(names))
         if as_json:
             show([dict(zip(head, row, strict=True)) for row in rows])
         elif markdown:
-            click.echo("\n".join(f"| {' | '.join(row)} |" for row in (head, RULES[head], *rows)))
+            lines = (head, ALIGNMENT[: len(head)], *rows)
+            click.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
         else:
             table = Table(*head, box=None, pad_edge=False)
             for row in rows:
@@ -274,8 +277,11 @@ def predict(
             context = Path(context[1:]).read_text(encoding="utf-8")
         questions = [{"question": text, "context": context} for text in inputs]
     answers = run(questions, **how)
+    if isinstance(answers, np.ndarray):  # a vector each
+        answers = answers.tolist()
     if as_json:
-        show(dict(zip(inputs, answers, strict=True)))
+        pairs = zip(inputs, answers, strict=True)
+        show([{"input": text, "answer": answer} for text, answer in pairs])
         return
     for text, found in zip(inputs, answers, strict=True):
         click.echo(text)
@@ -293,10 +299,12 @@ def _usual_task(checkpoint: Checkpoint) -> str:
     return task
 
 
-def _line(answer: dict[str, Any] | list[dict[str, Any]]) -> str:
+def _line(answer: dict[str, Any] | list[dict[str, Any]] | float) -> str:
     """An answer of a pipeline in a line; of several masks, a line each."""
     if isinstance(answer, list):
         return "\n".join(map(_line, answer))
+    if isinstance(answer, float):
+        return f"  {answer:.6g}"
     shown = ("label", "entity_group", "word", "answer", "sequence", "generated_text")
     words = "  ".join(str(answer[key]) for key in shown if key in answer)
     where = f"  [{answer['start']}:{answer['end']}]" if answer.get("start") is not None else ""
@@ -485,7 +493,7 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
     if how := checkpoint.preprocessing:
         cut = {"center": "centre crop", "squash": "squashed", "border": "with a border"}
         facts["input"] = (
-            f"{how.size} x {how.size}, from {how.resize} by {how.interpolation}, "
+            f"{_sides(how.size)}, from {_sides(how.resize)} by {how.interpolation}, "
             f"{cut[how.crop_mode]}; "
             f"mean {', '.join(map(str, how.mean))}; std {', '.join(map(str, how.std))}"
         )
@@ -498,6 +506,10 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact}
 
 
+def _sides(size: int | tuple[int, int]) -> str:
+    return f"{size} x {size}" if isinstance(size, int) else f"{size[0]} x {size[1]}"
+
+
 def _revision_policy(checkpoint: Checkpoint) -> str | None:
     if not checkpoint.source.startswith("hf-hub:") or "@" in checkpoint.source:
         return None
@@ -506,12 +518,11 @@ def _revision_policy(checkpoint: Checkpoint) -> str | None:
 
 MODELS = ("model", "parameters", "checkpoints", "top-1", "licence", "original")
 FAMILIES = ("family", "networks", "checkpoints", "of", "parameters", "tasks")
-RULES = {MODELS: ("---", "---:", "---:", "---:", "---", "---"), FAMILIES: ("---",) * 6}
+ALIGNMENT = ("---", "---:", "---:", "---", "---", "---")
 
 
 def _models(names: list[str]) -> Iterator[tuple[str, ...]]:
     """One row for each bare name that has published weights."""
-    yield MODELS
     tags = Counter(c.variant for c in registry.checkpoints().values())
     for name in names:
         checkpoint = mlx_zoo.info(name)
@@ -530,7 +541,6 @@ def _models(names: list[str]) -> Iterator[tuple[str, ...]]:
 
 def _families(names: list[str]) -> Iterator[tuple[str, ...]]:
     """One row for each architecture."""
-    yield FAMILIES
     published = {c.name: c for name in names if (c := mlx_zoo.info(name)).source}
     for name, architecture in registry.architectures().items():
         own = [c for c in published.values() if c.architecture == name]

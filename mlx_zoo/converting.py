@@ -99,7 +99,8 @@ def converted(request: Request, place: Place) -> Converted:
             "dialect": request.checkpoint.dialect,
             "config": asdict(origin.config),
             "dtype": str(request.dtype),
-            "quantize": request.quantize and asdict(request.quantize),
+            "quantize": request.quantize
+            and {**asdict(request.quantize), "not": request.architecture.full_precision},
         }
     )
     found = _from_cache(key, request, place)

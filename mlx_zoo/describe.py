@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+
 from mlx_zoo import registry
 from mlx_zoo.catalogue import (
     DATA,
@@ -41,6 +43,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "auto_map": ({}, None),  # code of the repository's own
 }
+
+
+def place_of(model: nn.Module, cache_dir: Any = None, local_files_only: bool = False) -> Place:
+    """Where the files of a loaded network are, but for what is said now."""
+    own = getattr(model, "place", Place())
+    return Place(
+        own.cache_dir if cache_dir is None else cache_dir, local_files_only or own.local_files_only
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,8 @@ def _differences(own: Checkpoint, other: Checkpoint) -> str:
     if own.architecture != other.architecture:
         return f"{own.architecture}, not {other.architecture}"
     ours, theirs = vars(own.config), vars(other.config)
-    free = {"num_classes", "in_chans", "task", "pooler", "pooling", "dense", "normalize"}
+    head = registry.architectures()[own.architecture].head_fields
+    free = {"num_classes", "in_chans", "img_size", "task", *head}
     free |= {name for name in ours if "drop" in name}
     return ", ".join(
         f"{name}={value!r}, not {theirs[name]!r}"
@@ -183,7 +194,9 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     fetched = fetch_files(source, (), optional=names, **place.options)
     files = fetched.files
     if isinstance(source, DirectorySource) and is_converted(source.path):
-        return replace(from_json(read_json(files[cache.MANIFEST]))[0], source=str(source))
+        checkpoint, config = from_json(read_json(files[cache.MANIFEST]))
+        task = getattr(config, "task", checkpoint.task)  # of its head, where it has one
+        return replace(checkpoint, config=config, task=task, source=str(source))
     if "config.json" not in files:
         raise CheckpointError(
             f"{source} has no config.json, so its architecture is unknown: "

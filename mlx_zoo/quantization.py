@@ -1,12 +1,13 @@
 """Weights in few bits, by MLX's own quantisation.
 
 Linear and embedding layers are quantised in groups along their inputs; convolutions, norms and the
-layers that an architecture names in `full_precision` (its heads, its position tables) are not.
+layers that an architecture names in `full_precision` (small heads, position tables) are not.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,9 +32,9 @@ class Quantization:
     layers: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.bits, bool) or self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(f"bits={self.bits!r}: one of {', '.join(map(str, BITS))} is needed")
-        if self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"group_size={self.group_size!r}: one of {sizes} is needed")
 
@@ -92,7 +93,7 @@ def as_quantization(said: Any) -> Quantization | None:
     """What `load(quantize=)` takes: a number of bits, or fields of Quantization. ValueError."""
     if said is None or isinstance(said, Quantization):
         return said
-    if isinstance(said, dict):
+    if isinstance(said, Mapping):
         if unknown := sorted(said.keys() - {"bits", "group_size"}):
             raise ValueError(f"quantize={said!r}: {', '.join(unknown)} is not bits or group_size")
         return Quantization(**said)

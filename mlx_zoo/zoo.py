@@ -93,6 +93,7 @@ def load(
     if pretrained is True:
         checkpoint = describe.complete(checkpoint, place)
     architecture = registry.architectures()[checkpoint.architecture]
+    _say_which_head(checkpoint, architecture, task, pretrained)
     img_size = None if img_size is None else as_size(img_size)
     _check_arguments(architecture, task, num_classes, in_chans, img_size)
     dtype = None if dtype is None else as_dtype(dtype)
@@ -140,6 +141,16 @@ def info(
     A repository that is not in the registry is asked for its config.json.
     """
     return describe.find(name, revision, Place(cache_dir, local_files_only))
+
+
+def _say_which_head(checkpoint, architecture: Architecture, task, pretrained) -> None:
+    """Log that weights have another head than the one a network gets without `task=`."""
+    default = architecture.default_task
+    if pretrained and task is None and default and checkpoint.task not in (None, default):
+        log.warning(
+            "%s has a head for %s, which task=%r loads; this is its %s",
+            *(checkpoint.name, checkpoint.task, checkpoint.task, default),
+        )
 
 
 def as_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
@@ -218,22 +229,24 @@ def _network(found: Converted, request: Request) -> nn.Module:
 
 def _adapted(model: nn.Module, request: Request) -> nn.Module:
     """`model` with the input and the head that the user asked for, where they are others."""
-    config = model.config
+    config, how = model.config, model.checkpoint.preprocessing
     if request.in_chans not in (None, getattr(config, "in_chans", None)):
         model.reset_input(request.in_chans)
+        how = how and how.of_channels(request.in_chans)
     if request.img_size not in (None, getattr(config, "img_size", None)):
         model.reset_size(request.img_size)
-        if how := model.checkpoint.preprocessing:
-            own = replace(model.checkpoint, preprocessing=how.at(model.config.img_size))
-            model.checkpoint = own
+        how = how and how.at(request.img_size)
+    if how != model.checkpoint.preprocessing:
+        model.checkpoint = replace(model.checkpoint, preprocessing=how, accuracy={})
     other_task = request.task is not None and request.task != config.task
     if other_task or request.num_classes not in (None, request.architecture.head_size(config)):
         if request.num_classes:
             name, outputs = model.checkpoint.name, request.num_classes
             log.warning("%s: a fresh head, to be trained; num_classes=%d", name, outputs)
-        # What was published of the old head does not hold for the new one.
-        model.checkpoint = replace(model.checkpoint, labels=(), accuracy={})
         model.reset_head(request.num_classes, *((request.task,) if other_task else ()))
+        model.checkpoint = replace(model.checkpoint, labels=(), accuracy={})
+    if getattr(model.config, "num_classes", None) == 0:  # the features alone
+        model.checkpoint = replace(model.checkpoint, labels=(), accuracy={})
     return _ready(model)
 
 
@@ -317,7 +330,8 @@ def convert(
     manifest = manifest_of(
         checkpoint, model.config, architecture, nonfinite, getattr(model, "quantization", None)
     )
-    place = Place(options.get("cache_dir"), options.get("local_files_only", False))
+    said = {name: options[name] for name in ("cache_dir", "local_files_only") if name in options}
+    place = describe.place_of(model, **said)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = cache.working_folder(folder.parent)
     try:

@@ -121,10 +121,15 @@ def test_convert_and_export(tmp_path):
 
 def test_predict():
     picture = "examples/seven.png"
-    answers = run_json("predict", "resnet_digits", picture, "--top-k", 2)
-    assert answers[picture][0]["label"] == "7"
-    assert len(answers[picture]) == 2
+    one, other = run_json("predict", "resnet_digits", picture, picture, "--top-k", 2)
+    assert one == other, "the same picture twice is answered twice"
+    assert one["input"] == picture
+    assert [len(one["answer"]), one["answer"][0]["label"]] == [2, "7"]
     assert "7\n" in run("predict", "resnet_digits", picture)
+    features = ("predict", "vit_digits", picture, "--task", "image-feature-extraction")
+    (found,) = run_json(*features)
+    assert len(found["answer"]) == 48
+    assert len(run(*features).splitlines()) == 1 + 48
 
 
 def test_embed(minilm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,7 @@ import pytest
 from originals import randomise
 
 import mlx_zoo
+from mlx_zoo import registry
 from mlx_zoo.mapping import engine
 from mlx_zoo.quantization import Quantization
 from mlx_zoo.verify.reference import import_torchvision
@@ -159,3 +161,30 @@ def test_the_record_takes_only_its_fields():
     with pytest.raises(ValueError, match="mode is not bits or group_size"):
         mlx_zoo.load("bert_base", quantize={"mode": "nf4"})
     assert Quantization(4, 32).layers == ()
+
+
+def test_a_packed_folder_of_another_type_is_still_its_own(folder, tmp_path):
+    mlx_zoo.convert(load(folder, quantize=8), tmp_path / "packed")
+    for dtype in ("float16", "bfloat16"):
+        report = mlx_zoo.verify(load(tmp_path / "packed", dtype=dtype))
+        assert report.passed, report.reason
+
+
+def test_the_cache_knows_which_layers_were_left_alone(folder, monkeypatch):
+    architecture = registry.architectures()["bert"]
+    assert "word_embed" in load(folder, quantize=8).quantization.layers
+    kept = (*architecture.full_precision, "word_embed")
+    monkeypatch.setitem(
+        registry.architectures(), "bert", replace(architecture, full_precision=kept)
+    )
+    assert "word_embed" not in load(folder, quantize=8).quantization.layers
+
+
+def test_a_language_model_tells_its_perplexity():
+    report = mlx_zoo.verify("gpt2_docs", quantize=8)
+    assert report.passed, report.reason
+    before, after = report.effect["perplexity"], report.effect["perplexity, quantised"]
+    assert 30 < before < 200
+    assert 0.9 < after / before < 1.1
+    worse = mlx_zoo.verify("gpt2_docs", quantize={"bits": 3, "group_size": 32})
+    assert worse.effect["perplexity, quantised"] > 1.1 * before

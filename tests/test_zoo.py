@@ -1431,3 +1431,103 @@ def test_nothing_is_said_when_all_is_well(hub, caplog, capfd, tmp_path):
         mlx_zoo.convert("org/name", tmp_path / "out")
     assert caplog.messages == []
     assert capfd.readouterr() == ("", "")
+
+
+# Changed networks, in folders and pipelines -----------------------------------------------------
+
+FAMILIES = ["resnet_digits", "vit_digits", "efficientnet_digits"]
+GREY = np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_head_is_of_the_type_of_the_body(name):
+    model = mlx_zoo.load(name, pretrained=True, dtype="float16", num_classes=5)
+    assert {x.dtype for x in engine.parameters(model).values()} == {mx.float16}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_are_prepared_for_the_channels_that_a_network_was_given(name):
+    classify = mlx_zoo.pipeline("image-classification", name, in_chans=3)
+    assert classify.model.config.in_chans == 3
+    grey, rgb = classify(GREY, top_k=3), classify(np.stack([GREY] * 3, axis=-1), top_k=3)
+    own = mlx_zoo.pipeline("image-classification", name)(GREY, top_k=3)
+    for a, b, c in zip(grey, rgb, own, strict=True):
+        assert a == b
+        assert a["label"] == c["label"]
+        assert abs(a["score"] - c["score"]) < 1e-4, "the response keeps its size"
+    five = mlx_zoo.load(name, pretrained=True, in_chans=5)
+    with pytest.raises(ValueError, match="does not say how its images are prepared"):
+        mlx_zoo.pipeline("image-classification", five)
+
+
+def test_images_are_prepared_at_the_size_that_a_network_was_given(tmp_path):
+    model = mlx_zoo.load("vit_digits", pretrained=True, img_size=48)
+    assert (model.checkpoint.preprocessing.size, model.config.img_size) == (48, 48)
+    assert not model.checkpoint.accuracy, "it was measured at another size"
+    answer = mlx_zoo.pipeline("image-classification", model)(GREY)
+    mlx_zoo.convert(model, tmp_path / "larger")
+    folder = f"local-dir:{tmp_path / 'larger'}"
+    assert mlx_zoo.pipeline("image-classification", folder)(GREY) == answer
+    assert mlx_zoo.info(folder).config.img_size == 48
+    assert mlx_zoo.load(folder).config.img_size == 48, "random weights, too"
+    back = mlx_zoo.load(folder, pretrained=True, img_size=32)
+    assert back(mx.zeros((1, 32, 32, 1))).shape == (1, 10)
+    assert mlx_zoo.load("vit_digits", pretrained=folder).config.img_size == 48
+
+
+def test_a_converted_folder_has_the_config_it_was_written_with(tmp_path):
+    mlx_zoo.convert("vit_digits", tmp_path / "five", num_classes=5, dropout=0.3)
+    folder = f"local-dir:{tmp_path / 'five'}"
+    assert mlx_zoo.info(folder).config.num_classes == 5
+    for said, kept in (({}, 0.3), ({"dropout": 0.0}, 0.0), ({"dropout": 0.1}, 0.1)):
+        assert mlx_zoo.load(folder, pretrained=True, **said).config.dropout == kept
+
+
+def test_a_network_without_head_has_no_labels():
+    checkpoint = mlx_zoo.load("resnet_digits", pretrained=True, num_classes=0).checkpoint
+    assert (checkpoint.labels, dict(checkpoint.accuracy)) == ((), {})
+
+
+def test_a_loaded_network_knows_where_its_files_are(tmp_path):
+    model = mlx_zoo.load("gpt2_docs", pretrained=True, cache_dir=tmp_path / "mine", quantize=8)
+    write = mlx_zoo.pipeline("text-generation", model)
+    assert write("Return", max_tokens=2)[0]["generated_text"].startswith("Return")
+    assert mlx_zoo.verify(model).passed
+    mlx_zoo.convert(model, tmp_path / "folder")
+    assert (tmp_path / "folder" / "merges.txt").exists()
+    assert len(list((tmp_path / "mine").rglob("manifest.json"))) == 2, "packed, and as it was"
+    assert not list(Path(os.environ["MLX_ZOO_CACHE"]).rglob("manifest.json"))
+
+
+def test_a_loaded_network_is_written_as_it_is(tmp_path):
+    model = mlx_zoo.load("resnet_digits", pretrained=True)
+    with pytest.raises(ValueError, match="dtype: a loaded network is written as it is"):
+        mlx_zoo.convert(model, tmp_path / "x", dtype="float16")
+
+
+def test_weights_with_another_head_than_the_default_are_named(tmp_path, caplog):
+    options = {"task": "text-classification", "num_classes": 3}
+    mlx_zoo.convert("gpt2_docs", tmp_path / "classes", **options)
+    folder = f"local-dir:{tmp_path / 'classes'}"
+    assert mlx_zoo.info(folder).task == "text-classification"
+    caplog.clear()
+    assert mlx_zoo.load(folder, pretrained=True).config.task == "text-generation"
+    assert "has a head for text-classification, which task='text-classification' loads" in (
+        caplog.text
+    )
+    assert mlx_zoo.load(folder, pretrained=True, **options)(mx.array([[1, 2]])).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_size": 48.0}, "img_size=48.0: a side in pixels"),
+        ({"img_size": (32, 0)}, r"img_size=\(32, 0\)"),
+        ({"dropout": None}, "dropout=None: ViTConfig takes"),
+        ({"quantize": 8.0}, "bits=8.0"),
+        ({"quantize": "8"}, "bits='8'"),
+    ],
+)
+def test_wrong_types_of_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        mlx_zoo.load("vit_digits", pretrained=True, **options)

@@ -314,6 +314,7 @@ class EfficientNet(nn.Module):
         self.config = replace(self.config, num_classes=num_classes)
         if num_classes:
             self.classifier = nn.Linear(self.num_features, num_classes)
+            self.classifier.set_dtype(self.conv_stem.weight.dtype)
         else:
             self.pop("classifier", None)
 

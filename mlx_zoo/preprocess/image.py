@@ -76,6 +76,20 @@ class Preprocessing:
 
         return mx.array(preprocess(images, self))
 
+    def of_channels(self, channels: int) -> Preprocessing | None:
+        """The same for grey images, or for RGB; None for another number of channels.
+
+        Grey has the average of the means and deviations, RGB three times those of grey.
+        """
+        if channels == len(self.mean):
+            return self
+        if channels == 3 and len(self.mean) == 1:
+            return replace(self, mean=self.mean * 3, std=self.std * 3)
+        if channels != 1:
+            return None
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,), std=(std,))
+
     def at(self, size: Size) -> Preprocessing:
         """The same at another size: as published for `test_size`, else in proportion."""
         if size == self.test_size and self.test_resize is not None:

@@ -242,6 +242,7 @@ ARCHITECTURE = Architecture(
     keeps_head=keeps_head,
     head_size=head_size,
     fixed_sizes=FIXED_SIZES,
+    head_fields=("pooler", "pooling", "dense", "normalize"),
     full_precision=(
         *("position_embed", "token_type_embed", "pooler"),
         *("mlm.*", "nsp", "classifier", "qa_outputs", "dense.*"),

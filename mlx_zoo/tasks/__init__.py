@@ -9,7 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_zoo import zoo
-from mlx_zoo.describe import Place
+from mlx_zoo.describe import Place, place_of
 from mlx_zoo.tasks.generation import TextGeneration
 from mlx_zoo.tasks.images import ImageClassification, ImageFeatures
 from mlx_zoo.tasks.spans import QuestionAnswering, TokenClassification
@@ -51,15 +51,12 @@ def pipeline(
     """
     if task not in PIPELINES:
         raise ValueError(f"task={task!r}: one of {', '.join(PIPELINES)} is needed")
-    place = Place(options.get("cache_dir"), options.get("local_files_only", False))
     if not isinstance(model, nn.Module):
         head = {} if task in IMAGE_TASKS else {"task": task}
-        model = zoo.load(model, **{"pretrained": True, **head, **options})
+        model, options = zoo.load(model, **{"pretrained": True, **head, **options}), {}
     elif odd := sorted(options.keys() - {"cache_dir", "local_files_only"}):
         raise ValueError(f"{odd[0]}= is for a name: this network is loaded already")
-    elif not options:
-        place = getattr(model, "place", place)
-    return PIPELINES[task](model.eval(), place)
+    return PIPELINES[task](model.eval(), place_of(model, **options))
 
 
 IMAGE_TASKS = (ImageClassification.task, ImageFeatures.task)

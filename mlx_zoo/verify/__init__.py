@@ -69,6 +69,7 @@ def verify(
         model = zoo.load(
             model, pretrained, cache_dir=cache_dir, local_files_only=local_files_only, **options
         )
+    place = describe.place_of(model, cache_dir, local_files_only)
     checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
         raise VerificationError("this network has random weights: there is nothing to compare with")

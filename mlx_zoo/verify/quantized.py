@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_zoo import describe, registry
+from mlx_zoo import describe, registry, zoo
 from mlx_zoo.converting import Request, converted, network
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, UnsupportedFormat, VerificationError
@@ -105,13 +106,21 @@ def _full_precision(model: nn.Module, place: Place) -> nn.Module:
 
 
 def _different(model: nn.Module, full: nn.Module) -> tuple[str, ...]:
-    """The tensors of `model` that quantising `full` does not give; `full` is used up."""
+    """The tensors of `model` that quantising `full` does not give; `full` is used up.
+
+    The user may have had the weights cast, before they were quantised or after.
+    """
     own = engine.parameters(model)
-    kinds = {str(x.dtype): x.dtype for x in own.values() if mx.issubdtype(x.dtype, mx.floating)}
-    (kind, *others) = kinds.values()
-    if not others:  # the user may have chosen the type
-        full.set_dtype(kind)
-    again = engine.parameters(quantize_layers(full, model.quantization))
+    kind = zoo.kind_of(model)
+    before = copy.deepcopy(full)
+    before.set_dtype(kind)
+    before = quantize_layers(before, model.quantization)
+    after = quantize_layers(full, model.quantization)
+    after.set_dtype(kind)
+    return min((_unequal(own, engine.parameters(again)) for again in (before, after)), key=len)
+
+
+def _unequal(own: Mapping[str, mx.array], again: Mapping[str, mx.array]) -> tuple[str, ...]:
     if own.keys() != again.keys():
         return tuple(sorted(own.keys() ^ again.keys()))
     return tuple(

@@ -261,12 +261,12 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
             and getattr(transformers, name).config_class.model_type == own.model_type
         ]
         name = next((name for name in own.architectures or () if name in fitting), fitting[0])
-        options = {"add_pooling_layer": config.pooler} if name == "BertModel" else {}
+        bare = task is None and hasattr(config, "pooler")
+        options = {"add_pooling_layer": config.pooler} if bare else {}
         model, loading = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", **options
         )
-    if name == "GPT2ForSequenceClassification":
-        model.config.pad_token_id = 0  # of compare.random_inputs
+    model.config.pad_token_id = 0  # that of compare.random_inputs
     for module in model.modules():
         if getattr(module, "reorder_and_upcast_attn", False):  # the same, but refuses float64
             module.reorder_and_upcast_attn = False
