@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_zoo.catalogue import Architecture, Checkpoint, Reference, config_from, num_labels
+from mlx_zoo.catalogue import (
+    Architecture,
+    Checkpoint,
+    Reference,
+    bundled_texts,
+    config_from,
+    num_labels,
+)
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
 from mlx_zoo.models.bert import BERTS, FIXED_SIZES, HEADS, POOLED, Bert, BertConfig, Dense
@@ -191,7 +198,15 @@ def published(repository: str, config: BertConfig, task: str, license: str) -> C
 BASE, LARGE = BERTS["bert_base"], BERTS["bert_large"]
 SMALL = replace(BASE, dims=384, mlp_dims=1536)
 
-CHECKPOINTS = tuple(
+# Trained on the documentation of Python and of libraries: training_scripts/train_bert_docs.py.
+BUNDLED = {
+    "bert_docs": "pretraining",
+    "bert_docs_topic": "text-classification",  # of which library is this?
+    "bert_docs_code": "token-classification",  # which words are names of functions, classes, ...?
+    "bert_docs_qa": "question-answering",  # about the parameters of a function
+}
+
+GOOGLES = tuple(
     published(f"google-bert/{name}", config, "pretraining", "apache-2.0")
     for name, config in {
         "bert-base-uncased": BASE,
@@ -202,7 +217,9 @@ CHECKPOINTS = tuple(
         "bert-base-multilingual-cased": replace(BASE, vocab_size=119547),
         "bert-base-chinese": replace(BASE, vocab_size=21128),
     }.items()
-) + tuple(
+)
+
+SENTENCES = tuple(
     published(name, config, "sentence-embedding", license)
     for name, config, license in (
         ("sentence-transformers/all-MiniLM-L6-v2", replace(SMALL, num_layers=6), "apache-2.0"),
@@ -214,6 +231,12 @@ CHECKPOINTS = tuple(
         ("intfloat/e5-base-v2", BASE, "mit"),
         ("intfloat/e5-large-v2", LARGE, "mit"),
     )
+)
+
+CHECKPOINTS = (
+    *(bundled_texts(name, "bert", task, from_transformers) for name, task in BUNDLED.items()),
+    *GOOGLES,
+    *SENTENCES,
 )
 
 ARCHITECTURE = Architecture(

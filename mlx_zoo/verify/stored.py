@@ -14,10 +14,12 @@ from dataclasses import replace
 import mlx.nn as nn
 import numpy as np
 
+from mlx_zoo import registry
 from mlx_zoo.describe import path_of
 from mlx_zoo.errors import VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
+from mlx_zoo.mapping import engine
 from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare
 from mlx_zoo.verify.report import Comparison, Report, judge
@@ -56,11 +58,16 @@ def _images(model: nn.Module, stored: Stored, precision: str) -> Compared:
     images = _read(IMAGES)["images"]
     pixels = preprocess(list(images), model.checkpoint.preprocessing)
     output = compare.run(model, {"pixel_values": pixels}, ())[0]["output"]
-    names = [name.split(".", 1)[1].rsplit(".", 1)[0] for name in stored if name.endswith(".sample")]
+    architecture = registry.of_model(model)
+    spec = architecture.spec(model.checkpoint.dialect, model.config)
+    links = engine.layer_links(model, spec)  # a fused layer is several of ours
     few = pixels[: len(stored["reference_inputs"])]
-    _, seen = compare.run(model, {"pixel_values": few}, names)
+    _, seen = compare.run(
+        model, {"pixel_values": few}, [n for ours in links.values() for n in ours]
+    )
     layers = []
-    for name, values in seen.items():
+    for name, ours in links.items():
+        values = np.concatenate([seen[part] for part in ours], axis=-1)
         index = stored[f"layer.{name}.index"]
         sample = values.reshape(-1)[index[index < values.size]]
         theirs, truth = stored[f"layer.{name}.torch32"], stored[f"layer.{name}.sample"]
