@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
 from mlx_zoo.preprocess.image import Preprocessing
 
@@ -91,6 +92,9 @@ class Architecture:
     # How many outputs the head has; None where that is not for the user to say.
     head_size: Callable[[Any], int | None] = lambda config: config.num_classes
     fixed_sizes: Mapping[str, int] = field(default_factory=dict)  # tasks that say it themselves
+    # What the networks of a dialect, or of a publisher, have in common: a value, or a list of
+    # those that there are.
+    common: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     head_fields: tuple[str, ...] = ()  # of the config, that belong to a head as num_classes does
     full_precision: tuple[str, ...] = ()  # layers that quantisation leaves alone; `*` is anything
 
@@ -103,6 +107,44 @@ class Architecture:
         """Changes when any dialect changes, and with it what a conversion yields."""
         text = "".join(self.spec(dialect, config).fingerprint for dialect in self.dialects)
         return sha256(text.encode()).hexdigest()[:16]
+
+
+def of_transformers(
+    repository: str, architecture: str, config: Any, task: str | None, license: str, **facts: Any
+) -> Checkpoint:
+    """A repository of the hub as transformers writes them, by its short name.
+
+    Its own config.json has the last word when it is loaded. `facts` are what else is known of it,
+    or other than this.
+    """
+    short = repository.partition("/")[2]
+    own: dict[str, Any] = {
+        "name": short.lower().replace("-", "_").replace(".", "_"),
+        "aliases": (repository, short),
+        "default": True,
+    }
+    return Checkpoint(
+        architecture=architecture,
+        config=config,
+        source=f"hf-hub:{repository}",
+        dialect="transformers",
+        reference=Reference("transformers"),
+        task=task,
+        license=license,
+        **{**own, **facts},
+    )
+
+
+def check_attributes(config: Mapping[str, Any], allowed: Mapping[str, Collection[Any]]) -> None:
+    """Raise UnsupportedConfig for attributes of config.json with values that are not implemented.
+
+    None among the allowed ones means that the attribute may be missing.
+    """
+    for name, values in allowed.items():
+        if config.get(name) not in values:
+            raise UnsupportedConfig(
+                f"{name}={config.get(name)!r} in config.json is not implemented"
+            )
 
 
 def bundled_digits(
@@ -267,13 +309,14 @@ def config_from(kind: type, values: Mapping[str, Any]) -> Any:
         if f.name == "img_size" and f.name in values:
             values["img_size"] = as_size(values["img_size"])
         elif f.name in values:
-            _check_type(kind, f.name, values[f.name], f.default)
+            _check_type(kind, f, values[f.name])
     return kind(**values)
 
 
-def _check_type(kind: type, name: str, value: Any, default: Any) -> None:
+def _check_type(kind: type, of: Field[Any], value: Any) -> None:
     """A field takes what its default is: a count no text, a tuple of counts no single count."""
-    if default is MISSING or default is None:
+    name, default = of.name, of.default
+    if default is MISSING or default is None or (value is None and "None" in str(of.type)):
         return
     accepted = (int, float) if isinstance(default, float) else type(default)
     right = isinstance(value, accepted) and isinstance(value, bool) == isinstance(default, bool)

@@ -120,7 +120,7 @@ def list_models(
         head = FAMILIES if families else MODELS
         rows = list(_families(names) if families else _models(names))
         if as_json:
-            show([dict(zip(head, row, strict=True)) for row in rows])
+            show([dict(zip(head, (x.strip("`") for x in row), strict=True)) for row in rows])
         elif markdown:
             lines = (head, ALIGNMENT[: len(head)], *rows)
             click.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -260,6 +260,8 @@ def predict(
     that of the weights, or --task.
     """
     inputs = inputs or tuple(sys.stdin.read().splitlines())
+    if not inputs:
+        raise click.UsageError("nothing to predict: give INPUTS, or lines on standard input")
     place = {"revision": chosen["revision"], "cache_dir": chosen["cache_dir"]}
     checkpoint = mlx_zoo.info(name, local_files_only=chosen["offline"], **place)
     task = chosen.pop("task") or _usual_task(checkpoint)
@@ -270,6 +272,8 @@ def predict(
     elif top_k is not None:
         how["top_k"] = top_k
     questions: list[Any] = list(inputs)
+    if context is not None and task != "question-answering":
+        raise click.UsageError(f"--context is for question-answering, this is {task}")
     if task == "question-answering":
         if context is None:
             raise click.UsageError("question-answering needs --context")
@@ -448,7 +452,9 @@ def cache_verify(cache_dir: Path | None, as_json: bool) -> None:
 
 @cache.command("prune")
 @click.option("--cache-dir", type=click.Path(path_type=Path))
-@click.option("--days", type=float, help="Also entries and downloads older than this; 0: all.")
+@click.option(
+    "--days", type=click.FloatRange(0), help="Also entries and downloads older than this; 0: all."
+)
 @as_json
 def cache_prune(cache_dir: Path | None, days: float | None, as_json: bool) -> None:
     """Remove what was set aside or left unfinished, and with --days old entries."""
@@ -502,7 +508,9 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.reference:
         facts["original"] = f"{checkpoint.reference.library} {checkpoint.reference.name}".strip()
     if checkpoint.source:
-        facts["load it with"] = f'mlx_zoo.load("{checkpoint.name}", pretrained=True)'
+        known = checkpoint.name in registry.checkpoints()
+        name = checkpoint.name if known else checkpoint.source
+        facts["load it with"] = f'mlx_zoo.load("{name}", pretrained=True)'
     return {name: fact for name, fact in facts.items() if fact}
 
 

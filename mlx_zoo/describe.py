@@ -92,8 +92,18 @@ def find(name: str | os.PathLike[str], revision: str | None, place: Place) -> Ch
             f"{name} does not say which architecture it is for; give both: "
             f"load('resnet18', pretrained={os.fspath(name)!r})"
         )
+    if isinstance(source, HubSource):
+        _refuse_folder(name)
     known = registry.of_repository(source.repo) if isinstance(source, HubSource) else None
     return replace(known, source=str(source)) if known else read(source, place)
+
+
+def _refuse_folder(name: Any) -> None:
+    """Raise ValueError where a bare 'org/name' is a folder here: which of the two is meant?"""
+    if isinstance(name, str) and not name.startswith("hf-hub:") and Path(name).is_dir():
+        raise ValueError(
+            f"{name} is a folder here: write local-dir:{name} for it, hf-hub:{name} for the hub"
+        )
 
 
 def complete(checkpoint: Checkpoint, place: Place) -> Checkpoint:
@@ -128,6 +138,8 @@ def with_weights_of(
     if isinstance(other, (str, os.PathLike)):
         is_file = Path(other).is_file()  # whatever its name
         source = parse_source(Path(other) if is_file else other)
+    if isinstance(source, HubSource):
+        _refuse_folder(other)
     if source is None:
         raise ValueError(
             f"pretrained={other!r}: True, the path of a checkpoint, or a source is needed"
@@ -326,8 +338,10 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
         type(own), {**vars(own), **sizes, **{known[arg]: x for arg, x in said.items()}}
     )
     pool = getattr(own, known["global_pool"]) if "global_pool" in known else "avg"
-    if any(said_pool not in (pool, None) for said_pool in pools):
-        raise UnsupportedConfig(f"{name}: global_pool in config.json is not implemented")
+    if other := [said_pool for said_pool in pools if said_pool not in (pool, None)]:
+        raise UnsupportedConfig(
+            f"{name}: global_pool={other[0]!r} in config.json is not implemented"
+        )
     height, width = size
     crop_pct = published.get("crop_pct") or 0.875
     resize = (timm_resize(height, crop_pct), timm_resize(width, crop_pct))

@@ -64,7 +64,7 @@ def load(
             `org/name`, or `local-dir:folder`.
         pretrained: True for the published weights, a path or source for other weights of the same
             architecture, False for random ones (no weights are downloaded then).
-        task: which head, for the text networks; None is the bare body.
+        task: which head, for the text networks; None is BERT's bare body, GPT-2's language model.
         num_classes: where it differs from the checkpoint's, the head is fresh; the log says so.
         in_chans: channels of the input, None for the checkpoint's own. The weights of the first
             convolution are summed or repeated to fit.
@@ -110,6 +110,8 @@ def load(
         quantize=as_quantization(quantize),
     )
     if pretrained is False:
+        if verify:
+            raise ValueError("verify=True: random weights have no original")
         model = architecture.model(replace(wanted, **request.sizes))
         model.checkpoint = model.quantization = None
         model.set_dtype(dtype or mx.float32)
@@ -126,7 +128,14 @@ def load(
     model.place = place  # where the files beside the weights are
     if verify:
         _verify_once(model, found, place)
-    return _adapted(model, request)
+    published = model.config
+    model = _adapted(model, request)
+    if verify and model.config != published:
+        log.warning(
+            "%s was verified as it is published; what was changed then has no original",
+            model.checkpoint.name,
+        )
+    return model
 
 
 def info(
@@ -165,13 +174,13 @@ def _check_arguments(architecture, task, num_classes, in_chans, img_size) -> Non
     name, inputs = architecture.name, architecture.inputs
     if task is not None and task not in architecture.tasks:
         raise ValueError(f"task={task!r}: {name} has {', '.join(architecture.tasks)}")
-    if not (num_classes is None or (isinstance(num_classes, int) and num_classes >= 0)):
+    if not (num_classes is None or (type(num_classes) is int and num_classes >= 0)):
         raise ValueError(f"num_classes={num_classes!r}: a count is needed")
     if num_classes is not None and inputs == "tokens":
         _check_head_size(architecture, task, num_classes)
     if in_chans is not None and inputs != "images":
         raise ValueError(f"in_chans={in_chans}: {name} takes {inputs}")
-    if not (in_chans is None or (isinstance(in_chans, int) and in_chans > 0)):
+    if not (in_chans is None or (type(in_chans) is int and in_chans > 0)):
         raise ValueError(f"in_chans={in_chans!r}: a count is needed")
     if img_size is not None and not hasattr(_any_config(architecture), "img_size"):
         kind = "images of any size" if inputs == "images" else inputs
@@ -356,7 +365,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
         dialect: the publisher whose names are written; None for those the weights came in.
 
     Raises:
-        ValueError: a dialect that the architecture does not have.
+        ValueError: a dialect that the architecture does not have, or whose publisher has no such
+            network; a quantised network.
     """
     architecture = registry.of_model(model)
     weights = engine.parameters(model)
@@ -367,8 +377,12 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
     name = dialect or own or next(iter(architecture.dialects))
     if name not in architecture.dialects:
         raise ValueError(f"dialect={name!r}: one of {'; '.join(architecture.dialects)} is needed")
+    if name != own:
+        _check_publisher_has(model.config, architecture, name)
     state = engine.to_torch(weights, model, architecture.spec(name, model.config))
     target = Path(path).expanduser()
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; give the name of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = cache.working_folder(target.parent)
     try:
@@ -377,3 +391,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _check_publisher_has(config: Any, architecture: Architecture, dialect: str) -> None:
+    """Raise ValueError where no network of that publisher computes what this one does."""
+    publishers = architecture.common.get(dialect.partition(",")[0], {})
+    for name, wanted in {**publishers, **architecture.common.get(dialect, {})}.items():
+        has = getattr(config, name)
+        if has not in (wanted if isinstance(wanted, list) else [wanted]):
+            raise ValueError(
+                f"dialect={dialect!r}: this network has {name}={has!r}, as none of theirs has"
+            )

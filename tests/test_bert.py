@@ -235,6 +235,20 @@ def test_a_fresh_head_must_be_asked_for(tmp_path, caplog):
     assert model(mx.array([[1, 2]])).start_logits.shape == (1, 2)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_leaves_half_precision_its_numbers(causal, tmp_path):
+    save(tmp_path, is_decoder=causal)
+    model = mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True, dtype="float16")
+    for block in model.blocks:  # lower scores, all by the same: softmax is blind to it
+        block.attn.q_proj.bias = block.attn.q_proj.bias + mx.array(4.0, mx.float16)
+        block.attn.k_proj.bias = block.attn.k_proj.bias - mx.array(4.0, mx.float16)
+    mask = mx.ones((3, 20), mx.int32)
+    mask[1, :6] = 0
+    mask[2] = 0
+    ids = mx.array(np.random.default_rng(0).integers(0, 90, (3, 20)))
+    assert mx.isfinite(model(ids, mask).last_hidden_state).all()
+
+
 def test_wrong_tokens_are_refused(tmp_path):
     model = mlx_zoo.load("bert_base", num_layers=1, vocab_size=50, max_positions=8)
     for ids, message in (

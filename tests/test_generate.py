@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
 import torch
+from mlx.utils import tree_flatten
 from originals import randomise
 
 import mlx_zoo
 from mlx_zoo.errors import CheckpointError
+from mlx_zoo.preprocess.text import Tokenizer
 from mlx_zoo.tasks.generation import PromptCache, Sampling, generate, generate_batch
 from mlx_zoo.verify.reference import import_torchvision
 
@@ -276,9 +280,48 @@ def test_stop_tokens_are_given_and_their_text_is_not(model):
     assert "".join(t.text for t in found) == whole
 
 
+def model_tokenizer(model):
+    return mlx_zoo.pipeline("text-generation", model).tokenizer
+
+
 def model_text(model, tokens):
-    pipe = mlx_zoo.pipeline("text-generation", model)
-    return pipe.tokenizer.decode(tokens, skip_special_tokens=True)
+    return model_tokenizer(model).decode(tokens, skip_special_tokens=True)
+
+
+def test_a_special_token_is_a_stop_by_its_name(model):
+    """Whatever it is called: a text leaves it out."""
+    tokens = tokens_of(model, PROMPTS[0], max_tokens=30)
+    tokenizer = model_tokenizer(model)
+    name = tokenizer.id_to_token(tokens[9])
+    tokenizer.backend.add_special_tokens([name])
+    first = tokens.index(tokens[9])
+    found = list(generate(model, PROMPTS[0], max_tokens=30, stop=name, tokenizer=tokenizer))
+    assert [t.token for t in found] == tokens[: first + 1]
+    assert "".join(t.text for t in found) == tokenizer.decode(tokens[:first])
+
+
+def test_the_files_are_read_once(model, folder, tmp_path, monkeypatch):
+    reads = []
+    inner = Tokenizer.from_files
+    monkeypatch.setattr(Tokenizer, "from_files", lambda *args: reads.append(1) or inner(*args))
+    names = dict(tree_flatten(model.parameters())).keys()
+    wanted = text_of(model, PROMPTS[0], max_tokens=9)
+    assert text_of(model, PROMPTS[0], max_tokens=9) == wanted
+    assert generate_batch(model, PROMPTS[:1], max_tokens=9)[0].text == wanted
+    assert len(reads) == 1
+    assert dict(tree_flatten(model.parameters())).keys() == names
+    assert text_of(copy.deepcopy(model), PROMPTS[0], max_tokens=9) == wanted
+
+    for path in folder.iterdir():  # as another checkpoint says, texts end at once
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    ends = json.dumps({"eos_token_id": list(range(VOCAB))})
+    (tmp_path / "generation_config.json").write_text(ends)
+    model.checkpoint = mlx_zoo.load(f"local-dir:{tmp_path}", pretrained=True).checkpoint
+    assert len(tokens_of(model, PROMPTS[0], max_tokens=9)) == 1
+    model.checkpoint = None
+    with pytest.raises(ValueError, match="no tokenizer"):
+        generate(model, PROMPTS[0])
 
 
 def test_an_empty_prompt_begins_a_text(model):
@@ -352,6 +395,50 @@ def test_a_cache_holds_what_was_read_when_a_text_is_left_early(model):
     )
 
 
+def test_a_text_may_be_left_and_the_cache_given_to_another(model):
+    wanted = [tokens_of(model, prompt, max_tokens=30) for prompt in PROMPTS[:2]]
+    cache = PromptCache(model)
+    list(generate(model, PROMPTS[1], max_tokens=9, cache=cache))
+    left = generate(model, PROMPTS[0], max_tokens=30, cache=cache)
+    assert [next(left).token for _ in range(4)] == wanted[0][:4]
+    assert len(cache.tokens) == cache.states.length  # and nobody has closed it
+    assert tokens_of(model, PROMPTS[1], max_tokens=30, cache=cache) == wanted[1]
+    with pytest.raises(ValueError, match="another text was begun with this cache"):
+        next(left)
+    assert len(cache.tokens) == cache.states.length
+    assert tokens_of(model, PROMPTS[0], max_tokens=30, cache=cache) == wanted[0]
+
+
+def test_a_cache_outlives_what_breaks_a_text_off(model, monkeypatch, tmp_path):
+    wanted = tokens_of(model, PROMPTS[1], max_tokens=30)
+    cache = PromptCache(model)
+    text = generate(model, PROMPTS[1], max_tokens=30, cache=cache)
+    next(text)
+    inner = Sampling.choose
+
+    def broken(*args):
+        inner(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampling, "choose", broken)  # when the network has read
+        with pytest.raises(KeyboardInterrupt):
+            next(text)
+    loaded = PromptCache.load(cache.save(tmp_path / "cache.safetensors"), model)
+    for kept in (cache, loaded):
+        assert tokens_of(model, PROMPTS[1], max_tokens=30, cache=kept) == wanted
+
+
+def test_a_cache_of_several_rows_is_refused(model):
+    cache = PromptCache(model)
+    list(generate(model, [1, 2, 3], max_tokens=2, cache=cache))
+    cache.states = model.make_cache()
+    model(mx.array([[1, 2, 3], [1, 2, 4]]), cache=cache.states)
+    with pytest.raises(ValueError, match="this cache is of 2 rows"):
+        list(generate(model, [1, 2, 3, 4], max_tokens=2, cache=cache))
+    assert {layer.length for layer in cache.states.layers} == {3}
+
+
 def test_an_empty_cache_is_saved_too(model, tmp_path):
     path = PromptCache(model).save(tmp_path / "cache.safetensors")
     assert PromptCache.load(path, model).tokens == []
@@ -391,6 +478,40 @@ def test_a_cache_with_other_tensors_is_refused(model, tmp_path):
             PromptCache.load(path, model)
 
 
+# Neighbours -------------------------------------------------------------------------------------
+
+
+def test_a_long_neighbour_does_not_shorten_a_text(model):
+    rows = [[7] * 200, [5] * 250, [6] * POSITIONS]
+    wanted = [tokens_of(model, row) for row in rows]
+    assert [len(row) for row in wanted] == [57, 7, 1]
+    assert [row.tokens for row in generate_batch(model, rows)] == wanted
+    assert [row.tokens for row in generate_batch(model, mx.array(rows[1:2]))] == wanted[1:2]
+
+    texts = ["The quick brown fox; " * n for n in (10, 15)]
+    pipe = mlx_zoo.pipeline("text-generation", model)
+    assert pipe(texts, batch_size=2) == pipe(texts, batch_size=1)
+    with pytest.raises(
+        ValueError, match=r"max_tokens=200 after \d+ of the prompt 'The quick brown"
+    ):
+        generate_batch(model, ["A", texts[1]], max_tokens=200)
+    with pytest.raises(ValueError, match=r"max_tokens=40 after 250 of the prompt \[5, 5, 5"):
+        generate_batch(model, rows[:2], max_tokens=40)
+
+
+def test_an_ended_row_asks_for_no_position_that_there_is_not(model, monkeypatch):
+    asked = []
+    inner = type(model.wpe).__call__
+
+    def look(self, ids):
+        asked.append(ids.max().item()) if self is model.wpe else None
+        return inner(self, ids)
+
+    monkeypatch.setattr(type(model.wpe), "__call__", look)
+    generate_batch(model, [[7], [6] * POSITIONS], max_tokens=None)
+    assert max(asked) == POSITIONS - 1
+
+
 # Wrong arguments --------------------------------------------------------------------------------
 
 
@@ -399,6 +520,10 @@ def test_a_cache_with_other_tensors_is_refused(model, tmp_path):
     [
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": "0.5"}, "temperature='0.5'"),
+        ({"top_p": None}, "top_p=None"),
+        ({"min_p": True}, "min_p=True"),
+        ({"repetition_penalty": [1.2]}, r"repetition_penalty=\[1.2\]"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_k": 1.5}, "top_k=1.5"),
         ({"top_p": 0}, "top_p=0"),
@@ -408,6 +533,10 @@ def test_a_cache_with_other_tensors_is_refused(model, tmp_path):
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 254}, "max_tokens=254 after 4 .* room for 253"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**70}, f"seed={2**70}"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"stop": None}, "stop=None"),
+        ({"stop": 0.5}, "stop=0.5"),
         ({"stop": ""}, "stop=''"),
         ({"stop": [None]}, "stop=None"),
         ({"prompt": []}, "at least one id"),
@@ -416,6 +545,8 @@ def test_a_cache_with_other_tensors_is_refused(model, tmp_path):
         ({"prompt": [320]}, "token id 320: this network has 320"),
         ({"prompt": [-1]}, "token id -1"),
         ({"prompt": [1] * 257}, "257 tokens, this network 256 positions"),
+        ({"prompt": 5}, "prompt=5"),
+        ({"prompt": None}, "prompt=None"),
     ],
     ids=str,
 )
@@ -425,6 +556,16 @@ def test_wrong_arguments_are_refused_at_once(options, message, model):
     prompt = options.pop("prompt", [1, 2, 3, 4])
     with pytest.raises(ValueError, match=message):
         generate_batch(model, [prompt], **options)
+
+
+def test_the_greatest_seed(model):
+    assert len(tokens_of(model, [1], temperature=1.0, seed=2**64 - 1, max_tokens=2)) == 2
+
+
+def test_prompts_are_a_list(model):
+    for prompts in (5, None, "text", [], iter(())):
+        with pytest.raises(ValueError, match="a list of at least one"):
+            generate_batch(model, prompts)
 
 
 def test_the_last_position_is_used(model):
@@ -437,6 +578,8 @@ def test_the_last_position_is_used(model):
 def test_wrong_networks_are_refused(model, folder):
     with pytest.raises(ValueError, match="task='text-generation'"):
         generate(mlx_zoo.load("bert_base", num_layers=1, vocab_size=50), [1])
+    with pytest.raises(ValueError, match="task='text-generation'"):
+        PromptCache(mlx_zoo.load("resnet18"))
     model.train()
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         generate(model, [1])
@@ -456,3 +599,19 @@ def test_the_pipeline_is_that_of_transformers(folder, reference):
     (new,) = ours(PROMPTS[1], max_tokens=20, return_full_text=False)
     assert PROMPTS[1] + new["generated_text"] == wanted[1][0]["generated_text"]
     assert ours([]) == []
+    for wrong in (5, [5], ["A", None], [["A"]], "\ud800"):
+        with pytest.raises(ValueError, match=r"where str belongs|not valid Unicode"):
+            ours(wrong)
+    for prompt in ("", PROMPTS[0] * 40):
+        assert_like_alone(ours, prompt)
+
+
+def assert_like_alone(pipe, prompt):
+    """As `generate` continues it, or refuses to."""
+    try:
+        wanted = prompt + text_of(pipe.model, prompt, max_tokens=5)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            pipe(prompt, max_tokens=5)
+    else:
+        assert pipe(prompt, max_tokens=5) == [{"generated_text": wanted}]

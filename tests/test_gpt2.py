@@ -16,7 +16,7 @@ import mlx_zoo
 from mlx_zoo import registry
 from mlx_zoo.errors import CheckpointError, MappingError, UnsupportedConfig
 from mlx_zoo.mapping import engine
-from mlx_zoo.models.gpt2 import GPT2, GPT2Config, KVCache, LayerCache
+from mlx_zoo.models.gpt2 import GPT2, Block, GPT2Config, KVCache, LayerCache, causal_mask
 from mlx_zoo.verify.reference import import_torchvision
 
 import_torchvision()
@@ -260,7 +260,8 @@ def test_published_checkpoints_have_their_size(name):
     checkpoint = registry.checkpoints()[name]
     model = GPT2(checkpoint.config)  # lazy: nothing is allocated
     assert engine.num_parameters(model) == checkpoint.num_params
-    assert registry.find(checkpoint.source.removeprefix("hf-hub:")) is checkpoint
+    repository = checkpoint.source.removeprefix("hf-hub:").removeprefix("package:")
+    assert registry.find(repository) is checkpoint
 
 
 # Padding and caches -----------------------------------------------------------------------------
@@ -330,6 +331,45 @@ def test_a_trimmed_cache_forgets(pair):
     np.testing.assert_allclose(again, model(ids)[:, 9:12], atol=1e-5)
 
 
+def test_a_refused_call_leaves_the_cache_as_it_was(pair):
+    _, model = pair
+    ids = mx.array(ids_of(2, 12))
+    cache = model.make_cache()
+    model(ids[:, :5], cache=cache)
+    for rows in (ids[:1], mx.concatenate([ids, ids])):
+        with pytest.raises(ValueError, match="this cache is of 2 rows: the tokens have"):
+            model(rows[:, 5:], cache=cache)
+    assert {layer.length for layer in cache.layers} == {cache.length} == {5}
+    np.testing.assert_allclose(model(ids[:, 5:], cache=cache), model(ids)[:, 5:], atol=1e-5)
+    cache.trim(0)
+    np.testing.assert_allclose(model(ids[:1], cache=cache), model(ids[:1]), atol=1e-5)
+
+
+def test_a_call_that_was_broken_off_leaves_the_cache_of_use(pair, monkeypatch):
+    _, model = pair
+    ids, mask = mx.array(ids_of(2, 12)), mx.ones((2, 12), mx.int32)
+    mask[1, :3] = 0
+    cache = model.make_cache()
+    model(ids[:, :5], mask[:, :5], cache=cache)
+
+    def broken(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "__call__", broken_from(1, Block.__call__, broken))
+        with pytest.raises(MemoryError):
+            model(ids[:, 5:9], mask[:, 5:9], cache=cache)
+    assert cache.length == 5
+    found = model(ids[:, 5:], mask[:, 5:], cache=cache)
+    np.testing.assert_allclose(found, model(ids, mask)[:, 5:], atol=1e-5)
+
+
+def broken_from(call, inner, broken):
+    """`inner`, which after so many calls is `broken`."""
+    calls = iter([inner] * call)
+    return lambda *args: next(calls, broken)(*args)
+
+
 def test_positions_end_where_the_network_ends(pair):
     _, model = pair
     cache = model.make_cache()
@@ -380,3 +420,37 @@ def test_half_precision(pair, tmp_path):
         wanted = original(torch.tensor(ids)).logits.numpy()
     difference = np.abs(np.array(logits.astype(mx.float32)) - wanted).max()
     assert difference < 0.05 * np.abs(wanted).max()
+
+
+def loud(model, offset=4.0):
+    """Scores lower by a number that is the same for every key, to which softmax is blind."""
+    for block in model.blocks:
+        block.attn.q_proj.bias = block.attn.q_proj.bias + mx.array(offset, mx.float16)
+        block.attn.k_proj.bias = block.attn.k_proj.bias - mx.array(offset, mx.float16)
+    return model
+
+
+def test_padding_on_the_left_leaves_half_precision_its_numbers(pair, tmp_path):
+    model = loud(load(tmp_path, dtype="float16"))
+    ids, mask = mx.array(ids_of(3, 12)), mx.ones((3, 12), mx.int32)
+    mask[1, :5] = 0
+    mask[2] = 0
+    found = np.array(model(ids, mask).astype(mx.float32))
+    assert np.isfinite(found).all()
+    alone = np.array(model(ids[1:2, 5:]).astype(mx.float32))
+    assert np.abs(found[1, 5:] - alone[0]).max() < 0.02 * np.abs(alone).max()
+
+
+def test_a_row_of_padding_alone_is_classified_somehow(tmp_path):
+    save(tmp_path, "text-classification")
+    model = loud(load(tmp_path, "text-classification", dtype="float16"))
+    ids, mask = mx.array(ids_of(2, 12)), mx.ones((2, 12), mx.int32)
+    mask[1] = 0
+    found = model(ids, mask)
+    assert mx.isfinite(found).all()
+    np.testing.assert_allclose(found[:1], model(ids[:1]), atol=0.01)
+
+
+def test_without_padding_no_mask_is_made():
+    assert causal_mask(1, 5, None, mx.float32) is None
+    assert causal_mask(4, 5, None, mx.float32) == "causal"

@@ -38,7 +38,7 @@ ARROWS = {
     "models": ("models.layers", "backend"),
     "mapping": ("errors",),
     "preprocess": ("errors",),
-    "catalogue": ("mapping.spec", "preprocess.image"),
+    "catalogue": ("errors", "mapping.spec", "preprocess.image"),
     "specs": ("catalogue", "errors", "mapping.spec", "models", "preprocess"),
     "registry": ("catalogue", "errors", "specs", "mapping.engine"),  # to count parameters
     "hub": ("errors",),

@@ -37,6 +37,11 @@ def qkv(attention: str) -> Split:
 Row = str | Split | Conv1D
 
 
+def weight_and_bias(*layers: str) -> tuple[str, ...]:
+    """The names of the tensors of layers, for `drop`."""
+    return tuple(f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias"))
+
+
 @dataclass(frozen=True)
 class Spec:
     """How one publisher names and stores the tensors of an architecture.

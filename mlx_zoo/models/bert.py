@@ -17,11 +17,13 @@ from mlx_zoo.models.layers import (
     MLP,
     Attention,
     as_array,
+    causal,
     check_choice,
     check_count,
     check_range,
     check_same_shape,
     check_tokens,
+    hidden,
 )
 
 # Task -> the attributes of `Bert` that make its head.
@@ -230,13 +232,12 @@ class Bert(nn.Module):
     def mask(self, input_ids, attention_mask, dtype: mx.Dtype) -> mx.array | None:
         """What is added to attention's scores, broadcasting to (B, heads, N, N)."""
         N = input_ids.shape[1]
-        seen = mx.tri(N, dtype=mx.bool_)[None, None] if self.config.causal else None
+        seen = causal(N, N) if self.config.causal else None
         if attention_mask is not None:
             check_same_shape(attention_mask, input_ids, "attention_mask")
             keys = (attention_mask != 0)[:, None, None, :]
             seen = keys if seen is None else seen & keys
-        # The lowest finite number, not -inf: a row in which nothing is seen stays a number.
-        return None if seen is None else mx.where(seen, 0, mx.finfo(dtype).min).astype(dtype)
+        return None if seen is None else hidden(seen, dtype)
 
     def pool(self, x: mx.array) -> mx.array:
         """The first token through the pooler, (B, D)."""

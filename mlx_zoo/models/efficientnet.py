@@ -20,6 +20,7 @@ from mlx_zoo.models.layers import (
     check_choice,
     check_count,
     other_channels,
+    spatial_mean,
 )
 
 # How much a side of an image grows, half of it at either end and the odd pixel at the far one.
@@ -158,7 +159,7 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(squeezed, dims, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.act(self.conv_reduce(x.mean(axis=(1, 2), keepdims=True)))
+        y = self.act(self.conv_reduce(spatial_mean(x)))
         return x * mx.sigmoid(self.conv_expand(y))
 
 
@@ -292,7 +293,7 @@ class EfficientNet(nn.Module):
         """The pooled feature vector, (B, num_features)."""
         x = self.forward_intermediates(x)[-1]
         x = self.act(self.bn2(self.conv_head(x)))
-        return x.mean(axis=(1, 2))
+        return spatial_mean(x)[:, 0, 0]
 
     def forward_intermediates(self, x: mx.array) -> list[mx.array]:
         """The feature maps (B, H / stride, W / stride, C), the last at each size, as timm gives.

@@ -16,10 +16,12 @@ from mlx_zoo.models.layers import (
     MLP,
     Attention,
     as_array,
+    causal,
     check_choice,
     check_count,
     check_same_shape,
     check_tokens,
+    hidden,
 )
 
 # Task -> the attribute of `GPT2` that is its head.
@@ -129,17 +131,26 @@ class KVCache:
     @property
     def length(self) -> int:
         """How many tokens a row has, padding included."""
-        return self.layers[0].length
+        return min(layer.length for layer in self.layers)
+
+    def check_rows(self, B: int) -> None:
+        """Raise ValueError unless it is empty, or of B rows."""
+        keys = self.layers[0].keys
+        if self.length and keys is not None and keys.shape[0] != B:
+            raise ValueError(f"this cache is of {keys.shape[0]} rows: the tokens have {B}")
 
     def trim(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         for layer in self.layers:
             layer.length = min(layer.length, length)
+            if not length:  # the next rows may be more, or fewer
+                layer.keys = layer.values = None
         if self.seen is not None:
-            self.seen = self.seen[:, :length]
+            self.seen = self.seen[:, :length] if length else None
 
     def extend_mask(self, input_ids: mx.array, mask: mx.array | None) -> mx.array | None:
         """The mask of all tokens, (B, length + N), with that of N new ones; None: no padding."""
+        self.trim(self.length)  # what a call left that was broken off
         if mask is None and self.seen is None:
             return None
         if self.seen is None:
@@ -160,7 +171,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(
-        self, x: mx.array, mask: mx.array | None, cache: LayerCache | None = None
+        self, x: mx.array, mask: mx.array | str | None, cache: LayerCache | None = None
     ) -> mx.array:
         x = x + self.dropout(self.attn(self.norm1(x), mask, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
@@ -196,7 +207,7 @@ class GPT2(nn.Module):
 
         Given a `cache`, the N tokens follow those in it, of whose padding it knows. Padding on the
         left counts for no position. Raises ValueError where a token's id or position is none that
-        the network has.
+        the network has, or the cache is of other rows; nothing is written to it then.
         """
         input_ids = as_array(input_ids, "input_ids")
         if attention_mask is not None:
@@ -206,6 +217,8 @@ class GPT2(nn.Module):
             raise ValueError("this cache is of a network with another config")
         past = cache.length if cache else 0
         check_tokens(input_ids, self.config.vocab_size, self.config.max_positions, past)
+        if cache is not None:
+            cache.check_rows(input_ids.shape[0])
         x = self.encode(input_ids, attention_mask, cache)
         match self.config.task:
             case "text-generation":
@@ -217,14 +230,17 @@ class GPT2(nn.Module):
         return x
 
     def encode(self, input_ids, attention_mask=None, cache: KVCache | None = None) -> mx.array:
-        """The last hidden state, (B, N, D). Nothing is checked: generated tokens need no look."""
+        """The last hidden state, (B, N, D). Nothing is checked: generated tokens need no look.
+
+        A row without a position left, whose text has ended, may go on for its neighbours' sake.
+        """
         N, past = input_ids.shape[1], cache.length if cache else 0
         positions = mx.arange(past, past + N)
         seen = cache.extend_mask(input_ids, attention_mask) if cache else attention_mask
         if seen is not None:
             real = mx.cumsum((seen != 0).astype(mx.int32), axis=1) > 0
             padding = (~real).sum(axis=1, keepdims=True)  # on the left
-            positions = mx.maximum(positions - padding, 0)  # (B, N)
+            positions = mx.clip(positions - padding, 0, self.config.max_positions - 1)  # (B, N)
         x = self.dropout(self.wte(input_ids) + self.wpe(positions))
 
         mask = causal_mask(N, past, seen, x.dtype)
@@ -268,18 +284,15 @@ class GPT2(nn.Module):
         self.train(self.training)  # the new layer, too
 
 
-def causal_mask(N: int, past: int, seen: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
-    """What is added to the scores of N tokens after `past` others, as (B or 1, 1, N, past + N).
+def causal_mask(N: int, past: int, seen: mx.array | None, dtype: mx.Dtype) -> mx.array | str | None:
+    """What is added to the scores of N tokens after `past` others, as (B, 1, N, past + N).
 
-    None where each may see all. `seen` (B, past + N) is 0 where a token is padding.
+    `seen` (B, past + N) is 0 where a token is padding. Without it, a word that attention knows
+    does, or None where each may see all.
     """
-    if N == 1 and seen is None:
-        return None
-    visible = mx.tri(N, past + N, past, dtype=mx.bool_)[None, None]
-    if seen is not None:
-        visible = visible & (seen != 0)[:, None, None, :]
-    # The lowest finite number, not -inf: a row in which nothing is seen stays a number.
-    return mx.where(visible, 0, mx.finfo(dtype).min).astype(dtype)
+    if seen is None:
+        return None if N == 1 else "causal"
+    return hidden(causal(N, past + N) & (seen != 0)[:, None, None, :], dtype)
 
 
 def last(x: mx.array, attention_mask: mx.array | None) -> mx.array:

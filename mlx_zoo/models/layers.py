@@ -73,8 +73,10 @@ class Attention(nn.Module):
         self.p = dropout
         self.dropout = nn.Dropout(dropout)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
-        """`mask` is added to the scores and broadcasts to (B, heads, N, N).
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
+    ) -> mx.array:
+        """`mask` is added to the scores and broadcasts to (B, heads, N, N), or is "causal".
 
         A `cache` takes the keys and values of x and gives those of all tokens so far.
         """
@@ -83,6 +85,8 @@ class Attention(nn.Module):
             k, v = cache.update(k, v)
         if self.training and self.p > 0:  # the fused kernel cannot drop weights
             scores = self.scale * q @ k.swapaxes(-1, -2)
+            if isinstance(mask, str):
+                mask = hidden(causal(q.shape[2], k.shape[2]), scores.dtype)
             weights = mx.softmax(scores if mask is None else scores + mask, axis=-1)
             y = self.dropout(weights) @ v
         else:
@@ -92,6 +96,20 @@ class Attention(nn.Module):
     def heads(self, x: mx.array) -> mx.array:
         """(B, N, D) -> (B, heads, N, D / heads)."""
         return mx.unflatten(x, -1, (self.num_heads, -1)).swapaxes(1, 2)
+
+
+def causal(N: int, length: int) -> mx.array:
+    """Which of `length` tokens the last N see: (N, length), each itself and those before it."""
+    return mx.tri(N, length, length - N, dtype=mx.bool_)
+
+
+def hidden(visible: mx.array, dtype: mx.Dtype) -> mx.array:
+    """What is added to the scores, so that only what is `visible` counts.
+
+    Half of the lowest number: a row in which nothing is visible stays a row of numbers, which -inf
+    would not leave, nor the lowest itself: a score below 0 and it make -inf in float16.
+    """
+    return mx.where(visible, 0, mx.finfo(dtype).min / 2).astype(dtype)
 
 
 class MLP(nn.Module):
@@ -116,6 +134,8 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0):
         super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"drop_path={p} of a block: a part of 1 is needed")
         self.p = p
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -123,6 +143,14 @@ class DropPath(nn.Module):
             return x
         kept = mx.random.bernoulli(1 - self.p, (x.shape[0], *[1] * (x.ndim - 1)))
         return mx.where(kept, x / max(1 - self.p, 1e-12), 0)
+
+
+def spatial_mean(x: mx.array) -> mx.array:
+    """(B, H, W, C) -> (B, 1, 1, C).
+
+    In two steps: the CPU adds one by one, and what rounding costs grows with the length of a sum.
+    """
+    return x.mean(axis=2, keepdims=True).mean(axis=1, keepdims=True)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -133,7 +161,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def check_count(name: str, value: int, least: int = 0, most: int = 2**28) -> None:
     """Raise ValueError unless `value` is a whole number from `least` to `most`."""
-    if not isinstance(value, int) or not least <= value <= most:
+    if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}={value!r}: a whole number from {least} to {most} is needed")
 
 

@@ -24,6 +24,7 @@ from mlx_zoo.models.layers import (
     check_choice,
     check_count,
     other_channels,
+    spatial_mean,
 )
 
 
@@ -189,7 +190,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(hidden_dims, dims, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = mx.maximum(self.fc1(x.mean(axis=(1, 2), keepdims=True)), 0)
+        y = mx.maximum(self.fc1(spatial_mean(x)), 0)
         return x * mx.sigmoid(self.fc2(y))
 
 
@@ -351,7 +352,7 @@ class ResNet(nn.Module):
 
     def features(self, x: mx.array) -> mx.array:
         """The pooled feature vector, (B, num_features)."""
-        return self.forward_intermediates(x)[-1].mean(axis=(1, 2))
+        return spatial_mean(self.forward_intermediates(x)[-1])[:, 0, 0]
 
     def forward_intermediates(self, x: mx.array) -> list[mx.array]:
         """The feature maps (B, H / stride, W / stride, C): the stem's, then each stage's."""

@@ -10,21 +10,16 @@ from typing import Any
 from mlx_zoo.catalogue import (
     Architecture,
     Checkpoint,
-    Reference,
     bundled_texts,
+    check_attributes,
     config_from,
     num_labels,
+    of_transformers,
 )
-from mlx_zoo.errors import UnsupportedConfig
-from mlx_zoo.mapping.spec import Spec
+from mlx_zoo.mapping.spec import Spec, weight_and_bias
 from mlx_zoo.models.bert import BERTS, FIXED_SIZES, HEADS, POOLED, Bert, BertConfig, Dense
 from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.preprocess.sentence import read_sentence_config, sentence_files
-
-
-def weight_and_bias(layer: str) -> tuple[str, str]:
-    return f"{layer}.weight", f"{layer}.bias"
-
 
 BERT = Spec(
     prefix="bert.",
@@ -57,13 +52,10 @@ BERT = Spec(
         "embeddings.position_ids",
         "embeddings.token_type_ids",
         *weight_and_bias("pooler.dense"),  # what one task needs, another may do without
-        *weight_and_bias("cls.predictions.transform.dense"),
-        *weight_and_bias("cls.predictions.transform.LayerNorm"),
+        *weight_and_bias("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         *("cls.predictions.transform.LayerNorm.gamma", "cls.predictions.transform.LayerNorm.beta"),
         "cls.predictions.bias",
-        *weight_and_bias("cls.seq_relationship"),
-        *weight_and_bias("classifier"),
-        *weight_and_bias("qa_outputs"),
+        *weight_and_bias("cls.seq_relationship", "classifier", "qa_outputs"),
     ),
 )
 
@@ -98,6 +90,7 @@ CLASSES = {
 
 # Attributes whose other values ask for arithmetic that is not implemented.
 ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": (None, *ACTIVATIONS),
     "position_embedding_type": ("absolute", None),
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
@@ -127,11 +120,7 @@ ATTRIBUTES = {
 
 def from_transformers(config: Mapping[str, Any]) -> BertConfig:
     """Read a transformers BertConfig. Raises UnsupportedConfig naming what is not implemented."""
-    for name, allowed in ONLY.items():
-        if config.get(name) not in allowed:
-            raise UnsupportedConfig(f"{name}={config[name]!r} in config.json is not implemented")
-    if (act := config.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise UnsupportedConfig(f"hidden_act={act!r} in config.json is not implemented")
+    check_attributes(config, ONLY)
     read = {ours: config[theirs] for theirs, ours in ATTRIBUTES.items() if theirs in config}
     return config_from(BertConfig, {**read, "num_classes": num_labels(config)})
 
@@ -178,23 +167,6 @@ def fit(config: BertConfig, names: frozenset[str]) -> BertConfig:
     return replace(config, pooler=config.task in POOLED or (config.task is None and has_pooler))
 
 
-def published(repository: str, config: BertConfig, task: str, license: str) -> Checkpoint:
-    """A repository of the hub; its own config.json has the last word when it is loaded."""
-    short = repository.partition("/")[2]
-    return Checkpoint(
-        name=short.lower().replace("-", "_").replace(".", "_"),
-        architecture="bert",
-        config=replace(config, task=None),
-        source=f"hf-hub:{repository}",
-        dialect="transformers",
-        reference=Reference("transformers"),
-        task=task,
-        license=license,
-        aliases=(repository, short),
-        default=True,
-    )
-
-
 BASE, LARGE = BERTS["bert_base"], BERTS["bert_large"]
 SMALL = replace(BASE, dims=384, mlp_dims=1536)
 
@@ -207,7 +179,7 @@ BUNDLED = {
 }
 
 GOOGLES = tuple(
-    published(f"google-bert/{name}", config, "pretraining", "apache-2.0")
+    of_transformers(f"google-bert/{name}", "bert", config, "pretraining", "apache-2.0")
     for name, config in {
         "bert-base-uncased": BASE,
         "bert-base-cased": replace(BASE, vocab_size=28996),
@@ -220,7 +192,7 @@ GOOGLES = tuple(
 )
 
 SENTENCES = tuple(
-    published(name, config, "sentence-embedding", license)
+    of_transformers(name, "bert", config, "sentence-embedding", license)
     for name, config, license in (
         ("sentence-transformers/all-MiniLM-L6-v2", replace(SMALL, num_layers=6), "apache-2.0"),
         ("sentence-transformers/all-MiniLM-L12-v2", SMALL, "apache-2.0"),

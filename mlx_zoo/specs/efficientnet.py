@@ -16,6 +16,7 @@ from mlx_zoo.catalogue import (
     bundled_digits,
     imagenet_labels,
     num_labels,
+    of_transformers,
     read_table,
 )
 from mlx_zoo.errors import UnsupportedConfig
@@ -228,19 +229,16 @@ def odd_blocks(config: EfficientNetConfig, size: int) -> Iterator[int]:
 
 
 def published(name: str, size: int) -> Checkpoint:
-    """A repository of Google's; its own config.json has the last word when it is loaded."""
     config = EFFICIENTNETS[f"efficientnet_{name}"]
     config = replace(config, act="swish", padding="even", norm_eps=1e-3)
     std = (0.47853944, 0.4732864, 0.47434163)
-    return Checkpoint(
+    return of_transformers(
+        f"google/efficientnet-{name}",
+        "efficientnet",
+        replace(config, symmetric_blocks=tuple(odd_blocks(config, size))),
+        "image-classification",
+        "apache-2.0",
         name=f"efficientnet_{name}.google",
-        architecture="efficientnet",
-        config=replace(config, symmetric_blocks=tuple(odd_blocks(config, size))),
-        source=f"hf-hub:google/efficientnet-{name}",
-        dialect="transformers",
-        reference=Reference("transformers"),
-        task="image-classification",
-        license="apache-2.0",
         preprocessing=Preprocessing(
             size=size,
             resize=size,
@@ -250,6 +248,7 @@ def published(name: str, size: int) -> Checkpoint:
         ),
         labels=imagenet_labels(),
         aliases=(f"google/efficientnet-{name}",),
+        default=False,
     )
 
 
@@ -301,6 +300,11 @@ ARCHITECTURE = Architecture(
     inputs="images",
     tasks=("image-classification",),
     paper="Tan & Le 2019, arXiv:1905.11946; V2: 2021, arXiv:2104.00298",
+    common={
+        "timm": {"padding": ["symmetric", "same"]},
+        "torchvision": {"padding": "symmetric", "act": ["silu", "swish"]},
+        "transformers": {"padding": "even"},
+    },
     full_precision=("classifier",),
     model_types=("efficientnet",),
     read_config=from_transformers,

@@ -9,10 +9,11 @@ from typing import Any
 from mlx_zoo.catalogue import (
     Architecture,
     Checkpoint,
-    Reference,
     bundled_texts,
+    check_attributes,
     config_from,
     num_labels,
+    of_transformers,
 )
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Conv1D, Spec, qkv
@@ -57,6 +58,7 @@ CLASSES = {
 # reorder_and_upcast_attn changes the arithmetic of half precision only, summary_* belongs to a head
 # that is not here, and n_ctx has been without effect since the causal mask is no tensor.
 ONLY: dict[str, tuple[Any, ...]] = {
+    "activation_function": (None, *ACTIVATIONS),
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
 }
@@ -86,11 +88,7 @@ ATTRIBUTES = {
 
 def from_transformers(config: Mapping[str, Any]) -> GPT2Config:
     """Read a transformers GPT2Config. Raises UnsupportedConfig naming what is not implemented."""
-    for name, allowed in ONLY.items():
-        if config.get(name) not in allowed:
-            raise UnsupportedConfig(f"{name}={config[name]!r} in config.json is not implemented")
-    if (act := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
-        raise UnsupportedConfig(f"activation_function={act!r} in config.json is not implemented")
+    check_attributes(config, ONLY)
     read: dict[str, Any] = {}
     for theirs, ours in ATTRIBUTES.items():
         if theirs in config and read.setdefault(ours, config[theirs]) != config[theirs]:
@@ -112,20 +110,8 @@ def keeps_head(checkpoint: Checkpoint, task: str | None, num_classes: int | None
 
 
 def published(repository: str, license: str, num_params: int, config: GPT2Config) -> Checkpoint:
-    """A repository of the hub; its own config.json has the last word when it is loaded."""
-    short = repository.partition("/")[2]
-    return Checkpoint(
-        name=short.lower().replace("-", "_").replace(".", "_"),
-        architecture="gpt2",
-        config=config,
-        source=f"hf-hub:{repository}",
-        dialect="transformers",
-        reference=Reference("transformers"),
-        task="text-generation",
-        license=license,
-        num_params=num_params,
-        aliases=(repository, short),
-        default=True,
+    return of_transformers(
+        repository, "gpt2", config, "text-generation", license, num_params=num_params
     )
 
 

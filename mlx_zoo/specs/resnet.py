@@ -12,7 +12,9 @@ from mlx_zoo.catalogue import (
     Checkpoint,
     Reference,
     bundled_digits,
+    check_attributes,
     num_labels,
+    of_transformers,
     read_table,
 )
 from mlx_zoo.errors import UnsupportedConfig
@@ -43,13 +45,10 @@ TRANSFORMERS = Spec(
 
 def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
     """Read a transformers ResNetConfig. Raises UnsupportedConfig naming what is not implemented."""
-    act = config.get("hidden_act", "relu")
-    if act not in ACTIVATIONS:
-        raise UnsupportedConfig(f"hidden_act={act!r} in config.json is not implemented")
+    blocks = (None, "basic", "bottleneck")
+    check_attributes(config, {"hidden_act": (None, *ACTIVATIONS), "layer_type": blocks})
     block = config.get("layer_type", "bottleneck")
-    expansion = {"basic": 1, "bottleneck": 4}.get(block)
-    if expansion is None:
-        raise UnsupportedConfig(f"layer_type={block!r} in config.json is not implemented")
+    expansion = {"basic": 1, "bottleneck": 4}[block]
     sizes = config.get("hidden_sizes", (256, 512, 1024, 2048))
     if uneven := [size for size in sizes if size % expansion]:
         raise UnsupportedConfig(
@@ -60,7 +59,7 @@ def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
         depths=tuple(config.get("depths", (3, 4, 6, 3))),
         widths=tuple(size // expansion for size in sizes),
         stem_width=config.get("embedding_size", 64),
-        act=act,
+        act=config.get("hidden_act", "relu"),
         stride_in_1x1=config.get("downsample_in_bottleneck", False),
         first_stride=2 if config.get("downsample_in_first_stage", False) else 1,
         num_classes=num_labels(config),
@@ -68,19 +67,14 @@ def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
     )
 
 
-def of_microsoft(name: str) -> Checkpoint:
-    """A repository of the hub; its own files have the last word when it is loaded."""
-    return Checkpoint(
-        name=name.replace("-", "_"),
-        architecture="resnet",
-        config=RESNETS[name.replace("-", "")],
-        source=f"hf-hub:microsoft/{name}",
-        dialect="transformers",
-        reference=Reference("transformers"),
-        task="image-classification",
-        license="apache-2.0",
-        aliases=(f"microsoft/{name}",),
-        default=True,
+def of_microsoft(depth: int) -> Checkpoint:
+    return of_transformers(
+        f"microsoft/resnet-{depth}",
+        "resnet",
+        RESNETS[f"resnet{depth}"],
+        "image-classification",
+        "apache-2.0",
+        aliases=(f"microsoft/resnet-{depth}",),
     )
 
 
@@ -92,7 +86,7 @@ CHECKPOINTS = (
         file="resnet_digits.pth",
         evidence="digits.safetensors",
     ),
-    *(of_microsoft(f"resnet-{depth}") for depth in (18, 26, 34, 50, 101, 152)),
+    *map(of_microsoft, (18, 26, 34, 50, 101, 152)),
     *read_table(
         Path(__file__).with_suffix(".tsv"),
         "resnet",
@@ -101,6 +95,17 @@ CHECKPOINTS = (
         ),
     ),
 )
+
+PLAIN = {
+    "stem": "plain",
+    "stem_pool": "max",
+    "norm": "batch",
+    "anti_alias": "none",
+    "avg_down": False,
+    "se_ratio": 0.0,
+    "inner_act": "relu",
+}
+V1_5 = {"act": "relu", "inner_act": "relu", "stride_in_1x1": False, "first_stride": 1}
 
 ARCHITECTURE = Architecture(
     name="resnet",
@@ -111,6 +116,11 @@ ARCHITECTURE = Architecture(
     tasks=("image-classification",),
     paper="He et al. 2015, arXiv:1512.03385",
     model_types=("resnet",),
+    common={
+        "timm": V1_5,
+        "torchvision": {**PLAIN, **V1_5},
+        "transformers": {**PLAIN, "groups": 1, "base_width": 64},
+    },
     full_precision=("fc",),
     read_config=from_transformers,
     timm_args={

@@ -14,19 +14,16 @@ from mlx_zoo.catalogue import (
     Reference,
     Row,
     bundled_digits,
+    check_attributes,
     config_from,
     num_labels,
+    of_transformers,
     read_table,
 )
 from mlx_zoo.errors import UnsupportedConfig
-from mlx_zoo.mapping.spec import Spec, Split, qkv
+from mlx_zoo.mapping.spec import Spec, Split, qkv, weight_and_bias
 from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.models.vit import VITS, ViT, ViTConfig, vit
-
-
-def weight_and_bias(*layers: str) -> tuple[str, ...]:
-    return tuple(f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias"))
-
 
 TIMM = Spec(
     layers={
@@ -150,8 +147,7 @@ def from_transformers(config: Mapping[str, Any]) -> ViTConfig:
     Raises UnsupportedConfig naming what is not implemented.
     """
     read = {ours: config[theirs] for theirs, ours in ATTRIBUTES.items() if theirs in config}
-    if (act := config.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise UnsupportedConfig(f"hidden_act={act!r} in config.json is not implemented")
+    check_attributes(config, {"hidden_act": (None, *ACTIVATIONS)})
     if isinstance(patch := read.get("patch_size"), (list, tuple)):
         if len(set(patch)) != 1:
             raise UnsupportedConfig(f"patch_size={patch!r} in config.json is not implemented")
@@ -168,9 +164,9 @@ def from_transformers(config: Mapping[str, Any]) -> ViTConfig:
             "dist_head": is_deit and "DeiTForImageClassificationWithTeacher" in classes,
         },
     )
-    for name, only in {"head_dim": own.dims // own.num_heads, "pruned_heads": {}}.items():
-        if config.get(name) not in (only, None):
-            raise UnsupportedConfig(f"{name}={config[name]!r} in config.json is not implemented")
+    check_attributes(
+        config, {"head_dim": (None, own.dims // own.num_heads), "pruned_heads": (None, {})}
+    )
     return own
 
 
@@ -191,22 +187,16 @@ DEITS = Preprocessing(size=224, resize=256, interpolation="bicubic", crop_mode="
 
 
 def published(repository: str, config: ViTConfig, preprocessing: Preprocessing) -> Checkpoint:
-    """A repository of the hub; its own config.json has the last word when it is loaded.
-
-    Its short name is another checkpoint of timm's, so the name begins with the organisation.
-    """
-    return Checkpoint(
+    """By a name that begins with the organisation: the short one is a checkpoint of timm's."""
+    return of_transformers(
+        repository,
+        "vit",
+        replace(config, norm_eps=1e-12),
+        "image-classification" if config.num_classes else None,
+        "apache-2.0",
         name=repository.lower().replace("/", "_").replace("-", "_"),
-        architecture="vit",
-        config=replace(config, norm_eps=1e-12),
-        source=f"hf-hub:{repository}",
-        dialect="transformers",
-        reference=Reference("transformers"),
-        task="image-classification" if config.num_classes else None,
-        license="apache-2.0",
-        preprocessing=preprocessing,
         aliases=(repository,),
-        default=True,
+        preprocessing=preprocessing,
     )
 
 
@@ -253,6 +243,21 @@ CHECKPOINTS = (
     ),
 )
 
+PLAIN = {
+    "pool": "token",
+    "class_token": True,
+    "num_registers": 0,
+    "patch_positions_only": False,
+    "pre_norm": False,
+    "layer_scale": None,
+    "gated": False,
+    "final_norm": True,
+    "fc_norm": [None, False],
+}
+UNDISTILLED = {"dist_token": False, "dist_head": False}
+DISTILLED = {"dist_token": True, "dist_head": False}
+TAUGHT = {"dist_token": True, "dist_head": True}
+
 ARCHITECTURE = Architecture(
     name="vit",
     model=ViT,
@@ -271,6 +276,20 @@ ARCHITECTURE = Architecture(
     inputs="images",
     tasks=("image-classification",),
     paper="Dosovitskiy et al. 2020, arXiv:2010.11929",
+    common={
+        "torchvision": {
+            **PLAIN,
+            **UNDISTILLED,
+            "norm_eps": 1e-6,
+            "qkv_bias": True,
+            "act": ["gelu", "gelu_python"],
+        },
+        "transformers": {**PLAIN, **UNDISTILLED},
+        "transformers, deit": DISTILLED,
+        "transformers, deit, since 5": DISTILLED,
+        "transformers, deit with teacher": TAUGHT,
+        "transformers, deit with teacher, since 5": TAUGHT,
+    },
     full_precision=("head", "head_dist"),
     model_types=("vit", "deit"),
     read_config=from_transformers,

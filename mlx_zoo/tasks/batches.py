@@ -24,7 +24,7 @@ def answers(inputs: Any, work: Work, batch_size: int, look_ahead: int = 1) -> An
     Raises ValueError for a `batch_size` that is none.
     """
     check_count("batch_size", batch_size)
-    if isinstance(inputs, Iterator):
+    if isinstance(inputs, Iterator) and not hasattr(inputs, "read"):  # an open file is one input
         return _lazily(inputs, work, batch_size)
     if not isinstance(inputs, (list, tuple)):
         return work([inputs], lambda count: None)[0]

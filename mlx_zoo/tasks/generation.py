@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +18,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_zoo import describe, registry
+from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, UnsupportedFormat
 from mlx_zoo.hub import cache as files
 from mlx_zoo.hub.safetensors_header import read_header
 from mlx_zoo.preprocess.text import TextStream, Tokenizer, end_ids
-from mlx_zoo.tasks.batches import Advance, answers, batches
+from mlx_zoo.tasks.texts import Texts, check_text, shortened
 
 MAX_TOKENS = 256  # of a text, where nothing else is asked for
 FORMAT = "1"  # of a saved prompt cache
-LOOK_AHEAD = 32  # batches of a list, among which texts of like lengths are put together
 
 
 class Token(NamedTuple):
@@ -78,7 +79,7 @@ def generate(
         stop: texts and ids of tokens that end it as well. The text of a stop is not given.
         seed: of the choice; None uses mx.random's own state.
         cache: what was read before; the part that the prompt begins with is not read again.
-        tokenizer: instead of reading the checkpoint's own at every call.
+        tokenizer: instead of the checkpoint's own.
 
     Returns:
         An iterator over tokens, each with its `.token` (id) and `.text`. The text comes with the
@@ -87,7 +88,7 @@ def generate(
 
     Raises:
         ValueError: at once, for a wrong argument, or where the prompt and `max_tokens` need more
-            positions than the network has.
+            positions than the network has; later, where another text was begun with the cache.
         MLXZooError: the checkpoint's tokenizer cannot be read.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -95,12 +96,13 @@ def generate(
     tokenizer, ends = _language(model, tokenizer)
     stops = Stops.of(stop, ends, tokenizer)
     ids = _ids(prompt, model, tokenizer)
-    count = _room(len(ids), max_tokens, model)
+    count = _room(prompt, len(ids), max_tokens, model)
     if cache is None:
         cache = PromptCache(model, capacity=len(ids) + count)
     elif cache.model is not model:
         raise ValueError("this cache is of another network")
-    return _generate(model, ids, count, sampling, _key(seed), stops, cache, tokenizer)
+    writer = Writer(count, stops, tokenizer)
+    return _generate(model, ids, sampling, _key(seed), cache, writer)
 
 
 def generate_batch(
@@ -125,19 +127,23 @@ def generate_batch(
     _check_model(model)
     tokenizer, ends = _language(model, tokenizer)
     stops = Stops.of(stop, ends, tokenizer)
-    if isinstance(prompts, str) or not len(prompts):
+    given = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else []
+    if not given:
         raise ValueError("prompts must be a list of at least one")
-    rows = [_ids(prompt, model, tokenizer) for prompt in prompts]
-    count = _room(max(map(len, rows)), max_tokens, model)
+    rows = [_ids(prompt, model, tokenizer) for prompt in given]
+    counts = [
+        _room(prompt, len(row), max_tokens, model) for prompt, row in zip(given, rows, strict=True)
+    ]
+    count = max(counts)
     cache = model.make_cache(max(map(len, rows)) + count)
-    writers = [Writer(stops, tokenizer) for _ in rows]
+    writers = [Writer(count, stops, tokenizer) for count in counts]
     for tokens in _steps(model, rows, count, sampling, _key(seed), cache):
         for writer, token in zip(writers, tokens, strict=True):
             if not writer.ended:
                 writer.push(token)
         if all(writer.ended for writer in writers):
             break
-    return [Completion(w.tokens, "".join(w.texts) + w.rest()) for w in writers]
+    return [Completion(writer.tokens, "".join(writer.texts)) for writer in writers]
 
 
 class PromptCache:
@@ -152,6 +158,7 @@ class PromptCache:
     """
 
     def __init__(self, model: nn.Module, capacity: int | None = None):
+        _check_model(model)
         self.model = model
         self.states = model.make_cache(capacity)
         self.tokens: list[int] = []  # those of which the states are
@@ -160,8 +167,8 @@ class PromptCache:
         """Write a safetensors file, from which `load` makes the cache again, for this network."""
         arrays = {"tokens": mx.array(self.tokens, mx.int32)}
         for i, layer in enumerate(self.states.layers if self.tokens else ()):
-            arrays[f"layers.{i}.keys"] = layer.keys[:, :, : layer.length]
-            arrays[f"layers.{i}.values"] = layer.values[:, :, : layer.length]
+            arrays[f"layers.{i}.keys"] = layer.keys[:, :, : len(self.tokens)]
+            arrays[f"layers.{i}.values"] = layer.values[:, :, : len(self.tokens)]
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
         work = files.working_folder(target.parent)
@@ -232,6 +239,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        numbers = {name: x for name, x in vars(self).items() if name != "top_k"}
+        for name, x in numbers.items():
+            if isinstance(x, bool) or not isinstance(x, Real):
+                raise ValueError(f"{name}={x!r}: a number is needed")
         wrong = {
             "temperature": not 0 <= self.temperature < float("inf"),
             "top_k": isinstance(self.top_k, bool)
@@ -264,7 +275,7 @@ class Sampling:
 
         The order is that of transformers: each filter sees the probabilities that the last leaves.
         """
-        logits = logits / self.temperature
+        logits = logits / max(self.temperature, 1e-30)  # below, float32 has no room
         if 0 < self.top_k < logits.shape[-1]:
             least = mx.topk(logits, self.top_k, axis=-1).min(axis=-1, keepdims=True)
             logits = mx.where(logits < least, -mx.inf, logits)
@@ -273,7 +284,7 @@ class Sampling:
             tail = mx.cumsum(
                 mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1
             )
-            tail[:, -1] = 1  # the likeliest stays
+            tail[:, -1] = 2  # the likeliest stays, however small top_p is
             kept = mx.put_along_axis(mx.zeros_like(tail), order, tail, axis=-1) > 1 - self.top_p
             logits = mx.where(kept, logits, -mx.inf)
         if self.min_p > 0:
@@ -291,9 +302,11 @@ class Sampling:
 
 
 def _key(seed: int | None) -> mx.array | None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise ValueError(f"seed={seed!r}: a whole number from 0 is needed")
-    return None if seed is None else mx.random.key(seed)
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}: a whole number from 0, below 2**64, is needed")
+    return mx.random.key(seed)
 
 
 def _steps(
@@ -309,6 +322,7 @@ def _steps(
 
     While a token is on its way to the caller, the one after it is being computed.
     """
+    cache.check_rows(len(rows))
     longest = max(map(len, rows))
     ids = np.zeros((len(rows), longest), np.int32)
     mask = np.zeros_like(ids)
@@ -343,27 +357,24 @@ def _steps(
 def _generate(
     model: nn.Module,
     ids: list[int],
-    count: int,
     sampling: Sampling,
     key: mx.array | None,
-    stops: Stops,
     cache: PromptCache,
-    tokenizer: Tokenizer | None,
+    writer: Writer,
 ) -> Iterator[Token]:
     known = _num_alike(cache.tokens, ids[:-1])  # the last one is read for what follows it
     cache.states.trim(known)
-    writer = Writer(stops, tokenizer)
-    steps = _steps(model, [ids[known:]], count, sampling, key, cache.states, ids[:known])
-    try:
-        for n, (token,) in enumerate(steps, 1):
-            text = writer.push(token)
-            if n == count:
-                text += writer.rest()
-            yield Token(token, text)
-            if writer.ended:
-                break
-    finally:
-        cache.tokens = [*ids, *writer.tokens][: cache.states.length]
+    # True whenever the caller has the word, who may never come back; a new list for every text.
+    read = cache.tokens = ids[:known]
+    steps = _steps(model, [ids[known:]], writer.count, sampling, key, cache.states, ids[:known])
+    for (token,) in steps:
+        text = writer.push(token)
+        read[:] = [*ids, *writer.tokens][: cache.states.length]
+        yield Token(token, text)
+        if writer.ended:
+            return
+        if cache.tokens is not read:
+            raise ValueError("another text was begun with this cache: the first cannot go on")
 
 
 def _num_alike(one: Sequence[int], other: Sequence[int]) -> int:
@@ -385,6 +396,8 @@ class Stops:
     @classmethod
     def of(cls, stop: Any, ends: Iterable[int], tokenizer: Tokenizer | None) -> Stops:
         """What the user and the checkpoint say. Raises ValueError."""
+        if not isinstance(stop, Iterable) and not isinstance(stop, int):
+            raise ValueError(f"stop={stop!r}: texts, or ids of tokens, are needed")
         given = [stop] if isinstance(stop, (str, int)) else list(stop)
         texts = tuple(s for s in given if isinstance(s, str))
         ids = [s for s in given if not isinstance(s, str)]
@@ -394,6 +407,9 @@ class Stops:
             raise ValueError("stop='' would end every text before it begins")
         if texts and tokenizer is None:
             raise ValueError(f"stop={texts[0]!r}: this network has no tokenizer, give token ids")
+        if tokenizer is not None:  # special tokens have no text
+            added = tokenizer.backend.get_added_tokens_decoder()
+            ids += [i for i, token in added.items() if token.special and token.content in texts]
         return cls(frozenset([*ids, *ends]), texts)
 
     def cut(self, text: str) -> tuple[str, str, bool]:
@@ -409,9 +425,10 @@ class Stops:
 
 
 class Writer:
-    """Tokens -> text, until there is a stop."""
+    """Tokens -> text, until there is a stop, or `count` of them."""
 
-    def __init__(self, stops: Stops, tokenizer: Tokenizer | None):
+    def __init__(self, count: int, stops: Stops, tokenizer: Tokenizer | None):
+        self.count = count
         self.stops = stops
         self.stream = None if tokenizer is None else TextStream(tokenizer)
         self.tokens: list[int] = []
@@ -422,20 +439,15 @@ class Writer:
     def push(self, token: int) -> str:
         """The text that `token` settles. `ended` says whether it was the last."""
         self.tokens.append(token)
-        if token in self.stops.ids:
-            text = self.rest()
-            self.ended = True
-        else:
+        text, is_last = "", token in self.stops.ids
+        if not is_last:
             text = self.held + (self.stream.push(token) if self.stream else "")
             text, self.held, self.ended = self.stops.cut(text)
+            is_last = len(self.tokens) == self.count
+        if is_last and not self.ended:  # no more tokens come for what is held back
+            text += self.held + (self.stream.rest() if self.stream else "")
+            self.ended = True
         self.texts.append(text)
-        return text
-
-    def rest(self) -> str:
-        """What is held back, when no more tokens come."""
-        if self.ended:
-            return ""
-        text, self.held = self.held + (self.stream.rest() if self.stream else ""), ""
         return text
 
 
@@ -446,21 +458,36 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("this network is in training, where dropout is at work: model.eval()")
 
 
+@dataclass(frozen=True, eq=False)
+class Language:
+    """What the files beside a checkpoint's weights say, read once and kept with the network."""
+
+    checkpoint: Checkpoint
+    place: Place
+    tokenizer: Tokenizer | None
+    ends: tuple[int, ...]
+
+
 def _language(
-    model: nn.Module, tokenizer: Tokenizer | None, place: Place | None = None
+    model: nn.Module, tokenizer: Tokenizer | None
 ) -> tuple[Tokenizer | None, tuple[int, ...]]:
     """The tokenizer of a network's checkpoint, if it has one, and the tokens that end its texts."""
     if tokenizer is not None:
         return tokenizer, tokenizer.end_ids
-    if getattr(model, "checkpoint", None) is None:
+    checkpoint, place = getattr(model, "checkpoint", None), describe.place_of(model)
+    if checkpoint is None:
         return None, ()
-    place = place or getattr(model, "place", None) or Place()
-    found = describe.companions(model.checkpoint, registry.of_model(model), place)
-    try:
-        tokenizer = Tokenizer.from_files(found)
-    except UnsupportedFormat:
-        return None, end_ids(found)
-    return tokenizer, tokenizer.end_ids
+    kept = getattr(model, "_language", None)
+    if kept is None or kept.checkpoint is not checkpoint or kept.place != place:
+        found = describe.companions(checkpoint, registry.of_model(model), place)
+        try:
+            tokenizer = Tokenizer.from_files(found)
+        except UnsupportedFormat:
+            kept = Language(checkpoint, place, None, end_ids(found))
+        else:
+            kept = Language(checkpoint, place, tokenizer, tokenizer.end_ids)
+        model._language = kept  # no array: to MLX it is no parameter
+    return kept.tokenizer, kept.ends
 
 
 def _ids(prompt: Any, model: nn.Module, tokenizer: Tokenizer | None) -> list[int]:
@@ -484,12 +511,13 @@ def _ids(prompt: Any, model: nn.Module, tokenizer: Tokenizer | None) -> list[int
     return ids.tolist()
 
 
-def _room(length: int, max_tokens: int | None, model: nn.Module) -> int:
+def _room(prompt: Any, length: int, max_tokens: int | None, model: nn.Module) -> int:
     """How many tokens may follow a prompt of `length`. Raises ValueError where it cannot be."""
     positions = model.config.max_positions
     if length > positions:
         raise ValueError(
-            f"the prompt has {length} tokens, this network {positions} positions: shorten it"
+            f"the prompt {_start(prompt)} has {length} tokens, this network {positions} "
+            "positions: shorten it"
         )
     room = positions - length + 1  # the last token of all is not read
     if max_tokens is None:
@@ -498,26 +526,23 @@ def _room(length: int, max_tokens: int | None, model: nn.Module) -> int:
         raise ValueError(f"max_tokens={max_tokens!r}: a whole number from 1 is needed")
     if max_tokens > room:
         raise ValueError(
-            f"max_tokens={max_tokens} after {length} of the prompt: this network has {positions} "
-            f"positions, which is room for {room}"
+            f"max_tokens={max_tokens} after {length} of the prompt {_start(prompt)}: this network "
+            f"has {positions} positions, which is room for {room}"
         )
     return max_tokens
+
+
+def _start(prompt: Any) -> str:
+    return shortened(prompt) if isinstance(prompt, str) else f"{prompt!s:.60}"
 
 
 # The pipeline -----------------------------------------------------------------------------------
 
 
-class TextGeneration:
+class TextGeneration(Texts):
     """Prompts -> the same, continued."""
 
     task = "text-generation"
-
-    def __init__(self, model: nn.Module, place: Place):
-        _check_model(model)
-        self.model = model
-        self.tokenizer, _ = _language(model, None, place)
-        if self.tokenizer is None:
-            raise ValueError("text-generation needs a network whose checkpoint has a tokenizer")
 
     def __call__(
         self,
@@ -533,17 +558,18 @@ class TextGeneration:
         `return_full_text` the prompt is left out.
         """
 
-        def continued(texts: Sequence[str], advance: Advance) -> list[list[dict[str, str]]]:
-            # Like lengths together: less padding.
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-            found: dict[int, list[dict[str, str]]] = {}
-            for batch in batches(order, batch_size):
-                rows = [texts[i] for i in batch]
-                done = generate_batch(self.model, rows, tokenizer=self.tokenizer, **options)
-                for i, completion in zip(batch, done, strict=True):
-                    before = texts[i] if return_full_text else ""
-                    found[i] = [{"generated_text": before + completion.text}]
-                advance(len(batch))
-            return [found[i] for i in range(len(texts))]
+        def encode(some: Sequence[Any]) -> list[list[list[int]]]:
+            for text in some:
+                check_text(text)
+            rows = [_ids(text, self.model, self.tokenizer) for text in some]
+            for text, row in zip(some, rows, strict=True):
+                _room(text, len(row), options.get("max_tokens"), self.model)
+            return [[row] for row in rows]
 
-        return answers(prompts, continued, batch_size, LOOK_AHEAD)
+        def read(rows: Sequence[list[int]]) -> list[Completion]:
+            return generate_batch(self.model, rows, tokenizer=self.tokenizer, **options)
+
+        def answer(text: str, rows: Any, said: list[Completion]) -> list[dict[str, str]]:
+            return [{"generated_text": (text if return_full_text else "") + said[0].text}]
+
+        return self.run(prompts, batch_size, encode, read, answer)

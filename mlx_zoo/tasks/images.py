@@ -34,7 +34,9 @@ class Images:
 
     def pixels(self, images: Sequence[Any]) -> mx.array:
         """(B, H, W, C), in the type of the weights."""
-        pixels = preprocess(list(images), self.model.checkpoint.preprocessing)
+        how = self.model.checkpoint.preprocessing
+        size = getattr(self.model.config, "img_size", how.size)  # it may have been reset since
+        pixels = preprocess(list(images), how if size == how.size else how.at(size))
         return mx.array(pixels).astype(zoo.kind_of(self.model))
 
 

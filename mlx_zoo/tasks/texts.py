@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +37,7 @@ class Pair(NamedTuple):
 
 
 Text = str | Pair
+Piece = TypeVar("Piece", bound=Sized)  # the tokens that the network takes at a time
 
 
 class Texts:
@@ -124,9 +125,9 @@ class Texts:
         self,
         inputs: Any,
         batch_size: int,
-        encode: Callable[[Sequence[Any]], list[list[Encoding]]],
-        read: Callable[[Sequence[Encoding]], Iterable[Any]],
-        answer: Callable[[Any, list[Encoding], list[Any]], Any],
+        encode: Callable[[Sequence[Any]], list[list[Piece]]],
+        read: Callable[[Sequence[Piece]], Iterable[Any]],
+        answer: Callable[[Any, list[Piece], list[Any]], Any],
     ) -> Any:
         """The answers to one input, to a list or tuple of them, or to an iterator.
 

@@ -11,17 +11,18 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_zoo import describe, registry, zoo
-from mlx_zoo.catalogue import Architecture
+from mlx_zoo.catalogue import Architecture, Checkpoint
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import MissingDependency, VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.fetch import fetch_weights
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
+from mlx_zoo.preprocess.image import MODES
 from mlx_zoo.verify import compare, reference
 from mlx_zoo.verify.preprocessing import compare_preprocessing
 from mlx_zoo.verify.quantized import against_full_precision
-from mlx_zoo.verify.report import TOLERANCES, Report, judge
+from mlx_zoo.verify.report import TOLERANCES, PreprocessingDifference, Report, judge
 from mlx_zoo.verify.stored import against_stored
 
 __all__ = ["Report", "verify"]
@@ -48,8 +49,8 @@ def verify(
     Args:
         model: a name as `load` takes it, or a loaded network, changed or not.
         pretrained, **options: as `load` takes them, where a name is given.
-        size: side of the images (None: as published) or number of tokens (64). A network that
-            takes images of one size gets those.
+        size: side of the images (None: as published) or number of tokens (64; at most as many as
+            there are positions). A network that takes images of one size gets those.
         seed: of the inputs.
         device: "cpu", or "gpu" for the default device, whose float32 may not be real float32.
 
@@ -63,6 +64,12 @@ def verify(
     place = Place(cache_dir, local_files_only)
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
+    for name, value in {"size": size, "seed": seed}.items():
+        if value is not None and (type(value) is not int or value < (name == "size")):
+            raise ValueError(f"{name}={value!r}: a count is needed")
+    if isinstance(model, nn.Module) and (options or pretrained is not True):
+        said = ", ".join(options) or f"pretrained={pretrained!r}"
+        raise ValueError(f"{said}: this network is loaded already, and verified as it is")
     if not isinstance(model, nn.Module):
         if options.get("quantize") is None:  # said before anything is downloaded
             _can_run_original(describe.find(model, options.get("revision"), place))
@@ -174,10 +181,21 @@ def _against_original(model: nn.Module, place: Place, size: int | None, seed: in
         seed=seed,
         inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
         versions={**cache.versions(), **reference.versions(checkpoint.reference.library)},
-        preprocessing=compare_preprocessing(checkpoint, seed=seed, place=place)
-        if checkpoint.preprocessing
-        else None,
+        preprocessing=_preprocessing(checkpoint, seed, place),
     )
+
+
+def _preprocessing(
+    checkpoint: Checkpoint, seed: int, place: Place
+) -> PreprocessingDifference | None:
+    """None where nobody publishes how, or where it cannot be shown in a picture."""
+    how = checkpoint.preprocessing
+    if how is None or len(how.mean) not in MODES:
+        return None
+    try:
+        return compare_preprocessing(checkpoint, seed=seed, place=place)
+    except VerificationError:
+        return None
 
 
 def _original(model: nn.Module, architecture: Architecture, place: Place):

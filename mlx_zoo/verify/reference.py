@@ -377,7 +377,7 @@ def _transformers_transform(files: Mapping[str, Path]):
 def _same_transform(checkpoint: Checkpoint):
     transforms = import_torchvision().transforms
     how = checkpoint.preprocessing
-    if how is None or how.crop_mode == "border":
+    if how is None or how.crop_mode == "border" or not isinstance(how.size, int):
         raise VerificationError(f"no transform is published for the images of {checkpoint.name}")
     resize = how.resize
     if how.crop_mode == "squash" and isinstance(resize, int):

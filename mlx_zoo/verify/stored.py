@@ -66,7 +66,7 @@ def _images(model: nn.Module, stored: Stored, precision: str) -> Compared:
         model, {"pixel_values": few}, [n for ours in links.values() for n in ours]
     )
     layers = []
-    for name, ours in links.items():
+    for name, ours in sorted(links.items(), key=lambda item: list(seen).index(item[1][0])):
         values = np.concatenate([seen[part] for part in ours], axis=-1)
         index = stored[f"layer.{name}.index"]
         sample = values.reshape(-1)[index[index < values.size]]
