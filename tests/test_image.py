@@ -454,7 +454,7 @@ NOT_IMAGES = {
     "words": (np.array([["a", "b"]]), "uint8 is needed"),
     "16 bits": (np.zeros((4, 4), np.uint16), "uint16: uint8 is needed"),
     "channels first": (np.zeros((3, 9, 9), np.uint8), r"shape \(3, 9, 9\)"),
-    "a batch": (np.zeros((2, 9, 9, 3), np.uint8), r"shape \(2, 9, 9, 3\)"),
+    "five axes": (np.zeros((1, 2, 9, 9, 3), np.uint8), r"shape \(1, 2, 9, 9, 3\)"),
     "one axis": (np.zeros(9, np.uint8), r"shape \(9,\)"),
     "no pixels": (np.zeros((0, 9, 3), np.uint8), r"shape \(0, 9, 3\)"),
     "an image of no pixels": (Image.new("RGB", (0, 9)), "0 x 9 pixels"),
@@ -706,3 +706,9 @@ def test_32_bits_have_no_scale(kind):
     for form in (image, encoded(image, "TIFF")):
         with pytest.raises(ValueError, match="32 bits"):
             preprocess(form, SMALL)
+
+
+def test_a_batch_in_one_array_is_several_images():
+    batch = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
+    how = Preprocessing(size=16, resize=18)
+    np.testing.assert_array_equal(preprocess(batch, how), preprocess(list(batch), how))

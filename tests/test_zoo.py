@@ -26,6 +26,7 @@ import torch
 from hub_server import LocalHub, sha256
 from huggingface_hub import constants
 from originals import proven, randomise
+from PIL import Image
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
@@ -1531,3 +1532,120 @@ def test_weights_with_another_head_than_the_default_are_named(tmp_path, caplog):
 def test_wrong_types_of_options(options, message):
     with pytest.raises(ValueError, match=message):
         mlx_zoo.load("vit_digits", pretrained=True, **options)
+
+
+def test_a_network_can_be_made_larger_later():
+    model = mlx_zoo.load("vit_digits", pretrained=True)
+    model.reset_size(64)
+    wanted = mlx_zoo.load("vit_digits", pretrained=True, img_size=64)
+    classify = mlx_zoo.pipeline("image-classification", model)
+    assert classify(GREY) == mlx_zoo.pipeline("image-classification", wanted)(GREY)
+
+
+def test_images_in_open_files_and_in_one_array(tmp_path):
+    classify = mlx_zoo.pipeline("image-classification", "resnet_digits")
+    wanted = classify(GREY)
+    Image.fromarray(GREY).save(tmp_path / "x.png")
+    assert classify(BytesIO((tmp_path / "x.png").read_bytes())) == wanted
+    with (tmp_path / "x.png").open("rb") as file:
+        assert classify(file) == wanted
+    assert classify(GREY[None, ..., None]) == [wanted]
+
+
+def test_a_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, no_network):
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: mlx_zoo.load("my/model", pretrained=True),
+        lambda: mlx_zoo.load("resnet18", pretrained="my/model"),
+    ):
+        with pytest.raises(ValueError, match="my/model is a folder here: write local-dir:my/model"):
+            call()
+
+
+def test_random_weights_are_not_verified():
+    with pytest.raises(ValueError, match="random weights have no original"):
+        mlx_zoo.load("resnet_digits", verify=True)
+
+
+def test_what_is_changed_after_it_was_verified_is_said(caplog):
+    mlx_zoo.load("resnet_digits", pretrained=True, verify=True)
+    assert "verified as it is published" not in caplog.text
+    mlx_zoo.load("resnet_digits", pretrained=True, verify=True, in_chans=3)
+    assert "resnet_digits was verified as it is published" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"nonsense": 5}, "nonsense: this network is loaded already"),
+        ({"quantize": 4, "num_classes": 7}, "quantize, num_classes: this network is loaded"),
+        ({"pretrained": False}, "pretrained=False: this network is loaded"),
+        ({"size": -1}, "size=-1: a count is needed"),
+        ({"size": 1.5}, r"size=1\.5"),
+        ({"seed": "a"}, "seed='a'"),
+    ],
+)
+def test_verify_refuses_what_it_does_not_use(arguments, message):
+    model = mlx_zoo.load("resnet_digits", pretrained=True)
+    with pytest.raises(ValueError, match=message):
+        mlx_zoo.verify(model, **arguments)
+
+
+# Dialects of other publishers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect", "message"),
+    [
+        ("vit_small_patch14_reg4_dinov2", "torchvision", "num_registers=4, as none of theirs"),
+        ("vit_small_patch14_dinov2", "transformers", "layer_scale=1e-05"),
+        ("vit_base_patch16_siglip_224", "transformers, since 5", "pool='map'"),
+        ("vit_base_patch16_clip_224", "torchvision", "pre_norm=True"),
+        ("deit_tiny_distilled_patch16_224", "torchvision", "dist_token=True"),
+        ("vit_tiny_patch16_224", "transformers, deit with teacher", "dist_token=False"),
+        ("resnet10t", "torchvision", "stem='tiered'"),
+        ("seresnet50", "transformers", "se_ratio=0.0625"),
+        ("resnext50_32x4d", "transformers", "groups=32"),
+        ("tf_efficientnetv2_b0", "transformers", "padding='same'"),
+        ("tf_efficientnet_b0", "torchvision", "padding='same'"),
+        ("efficientnet_b0", "transformers", "padding='symmetric'"),
+    ],
+)
+def test_a_publisher_has_its_own_networks_only(name, dialect, message, tmp_path):
+    model = mlx_zoo.load(name, num_classes=3)
+    with pytest.raises(ValueError, match=message):
+        mlx_zoo.export(model, tmp_path / "x.safetensors", dialect=dialect)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [
+        ("vit_tiny_patch16_224", "torchvision"),
+        ("vit_tiny_patch16_224", "transformers"),
+        ("vit_b_32", "timm"),
+        ("deit_tiny_distilled_patch16_224", "transformers, deit with teacher"),
+        ("wide_resnet50_2", "timm"),
+        ("resnet18", "transformers"),
+        ("efficientnet_b0", "timm"),
+        ("efficientnet_v2_s", "timm"),
+    ],
+)
+def test_the_same_network_in_the_names_of_another_publisher(name, dialect, tmp_path):
+    model = mlx_zoo.load(name, num_classes=3)
+    path = mlx_zoo.export(model, tmp_path / "x.safetensors", dialect=dialect)
+    again = mlx_zoo.load(name, pretrained=path, num_classes=3)
+    size = getattr(model.config, "img_size", 64)
+    images = mx.random.normal((1, size, size, 3))
+    assert mx.array_equal(model(images), again(images)).item()
+
+
+def test_a_body_of_gpt2_is_kept(tmp_path, caplog):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "vocab_size": 50}
+    transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "g")
+    first, again = (mlx_zoo.load(f"local-dir:{tmp_path}/g", pretrained=True) for _ in range(2))
+    assert not [r for r in caplog.records if r.name == "mlx_zoo"]
+    assert first(mx.array([[1, 2]])).shape == (1, 2, 50), "its head is its embeddings"
+    mlx_zoo.convert(again, tmp_path / "out")
+    assert mlx_zoo.load(f"local-dir:{tmp_path}/out", pretrained=True).config == first.config

@@ -103,21 +103,28 @@ def preprocess(images: Any, how: Preprocessing) -> np.ndarray:
     """Images -> a float32 batch (B, H, W, C), as `how` says.
 
     Args:
-        images: one image or a list or tuple of them: a path, the bytes of a file, a Pillow image,
-            or an array (H, W) or (H, W, C), of uint8 or of floats in [0, 1], which are rounded to
-            8 bits. They are turned as their EXIF data says; what would be seen through
-            transparency is not: the alpha channel is dropped.
+        images: one image or a list or tuple of them: a path, the bytes of a file or an open one, a
+            Pillow image, or an array (H, W) or (H, W, C), of uint8 or of floats in [0, 1], which
+            are rounded to 8 bits; or an array (B, H, W, C) of several. They are turned as their
+            EXIF data says; what would be seen through transparency is not: the alpha channel is
+            dropped.
         how: from a checkpoint. As many channels as it has means: 1 is grey, 3 is RGB.
 
     Raises:
         ValueError: something that is not an image, or cannot be read; a file is named.
         UnsupportedConfig: `how` asks for what is not implemented.
     """
+    images = as_list(images)
     if not isinstance(images, (list, tuple)):
         images = [images]
     if not images:
         raise ValueError("images is empty")
     return np.stack([_prepared(opened(image, how), how) for image in images])
+
+
+def as_list(images: Any) -> Any:
+    """A batch in one array, (B, H, W, C), as a list of images; anything else as it is."""
+    return list(images) if getattr(images, "ndim", 0) == 4 else images
 
 
 def _prepared(image: Image, how: Preprocessing) -> np.ndarray:
@@ -192,7 +199,7 @@ def opened(image: Any, how: Preprocessing) -> Image:
         raise ValueError(f"{named}nothing is fetched: give a path, or the bytes of the file")
     if isinstance(image, (bytes, bytearray, memoryview)):
         image = io.BytesIO(image)
-    elif not named and not isinstance(image, Image.Image):
+    elif not named and not isinstance(image, Image.Image) and not hasattr(image, "read"):
         image = Image.fromarray(_checked(image))
     try:
         theirs = isinstance(image, Image.Image)  # and theirs to close

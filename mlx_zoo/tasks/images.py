@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_zoo import describe, registry, zoo
 from mlx_zoo.describe import Place
-from mlx_zoo.preprocess.image import preprocess
+from mlx_zoo.preprocess.image import as_list, preprocess
 from mlx_zoo.tasks.batches import Advance, answers, check_count, stacked
 from mlx_zoo.tasks.labels import check_function, default_function, label_names, ranked, scores_of
 
@@ -79,7 +79,7 @@ class ImageClassification(Images):
             advance(len(batch))
             return [ranked(row, self.labels, top_k) for row in scores]
 
-        return answers(images, work, batch_size)
+        return answers(as_list(images), work, batch_size)
 
 
 class ImageFeatures(Images):
@@ -95,4 +95,4 @@ class ImageFeatures(Images):
             advance(len(batch))
             return list(vectors)
 
-        return stacked(answers(images, work, batch_size))
+        return stacked(answers(as_list(images), work, batch_size))
