@@ -208,7 +208,9 @@ def convert(name: str, folder: Path, as_json: bool, **chosen: Any) -> None:
 @main.command()
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--dialect", help="Whose names to write: torchvision, timm, transformers.")
+@click.option(
+    "--dialect", help="Whose names to write: torchvision, timm, 'transformers, since 5', ..."
+)
 @options(NETWORK, PLACE)
 @as_json
 def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: Any) -> None:
