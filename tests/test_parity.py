@@ -1,7 +1,7 @@
 """Every entry of the catalogue against its original; every image network with random tensors.
 
-A new architecture is picked up here without a line of test code, but for how its networks are made
-shallow: see SHALLOW.
+A new architecture is picked up here. SHALLOW may say how its networks are made small, and
+`transformers_config` must say how transformers builds them, where it does.
 """
 
 from __future__ import annotations
@@ -197,10 +197,12 @@ def transformers_config(checkpoint):
             dropout_rate=config.dropout,
             num_labels=1000,
         )
-    kind = transformers.BertConfig if family == "bert" else transformers.GPT2Config
-    if family == "vit":
-        distilled = config.dist_token  # DeiT without it is published as a ViT
-        kind = transformers.DeiTConfig if distilled else transformers.ViTConfig
+    distilled = getattr(config, "dist_token", False)  # DeiT without it is published as a ViT
+    kind = {
+        "bert": transformers.BertConfig,
+        "gpt2": transformers.GPT2Config,
+        "vit": transformers.DeiTConfig if distilled else transformers.ViTConfig,
+    }[family]
     attributes = import_module(f"mlx_zoo.specs.{family}").ATTRIBUTES
     options = {theirs: getattr(config, ours) for theirs, ours in attributes.items()}
     labels = {"num_labels": config.num_classes} if config.num_classes else {}

@@ -23,6 +23,7 @@ from mlx_zoo.models.layers import (
     check_range,
     check_same_shape,
     check_tokens,
+    check_transformer,
     hidden,
 )
 
@@ -85,16 +86,10 @@ class BertConfig:
         if self.task not in HEADS:
             tasks = ", ".join(task for task in HEADS if task)
             raise ValueError(f"task={self.task!r}: BERT has {tasks}")
-        for name in ("vocab_size", "dims", "num_heads", "mlp_dims", "max_positions"):
+        check_transformer(self)
+        for name in ("vocab_size", "max_positions"):
             check_count(name, getattr(self, name), 1)
-        check_count("num_layers", self.num_layers, 1, most=1000)
         check_count("type_vocab_size", self.type_vocab_size, 1)
-        check_count("num_classes", self.num_classes)
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps={self.norm_eps}: a small number above 0 is needed")
-        if self.dims % self.num_heads:
-            raise ValueError(f"{self.dims} dims do not divide among {self.num_heads} heads")
-        check_choice("act", self.act, ACTIVATIONS)
         for mode in self.pooling:
             check_choice("pooling", mode, POOLINGS)
 

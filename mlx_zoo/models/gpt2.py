@@ -12,15 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo.models.layers import (
-    ACTIVATIONS,
     MLP,
     Attention,
     as_array,
     causal,
-    check_choice,
     check_count,
     check_same_shape,
     check_tokens,
+    check_transformer,
     hidden,
 )
 
@@ -57,15 +56,9 @@ class GPT2Config:
         if self.task not in HEADS:
             tasks = ", ".join(task for task in HEADS if task)
             raise ValueError(f"task={self.task!r}: GPT-2 has {tasks}")
-        for name in ("vocab_size", "dims", "num_heads", "mlp_dims", "max_positions"):
+        check_transformer(self)
+        for name in ("vocab_size", "max_positions"):
             check_count(name, getattr(self, name), 1)
-        check_count("num_layers", self.num_layers, 1, most=1000)
-        check_count("num_classes", self.num_classes)
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps={self.norm_eps}: a small number above 0 is needed")
-        if self.dims % self.num_heads:
-            raise ValueError(f"{self.dims} dims do not divide among {self.num_heads} heads")
-        check_choice("act", self.act, ACTIVATIONS)
 
     def attention_scale(self, layer: int) -> float:
         """By what the attention scores of block `layer`, from 0, are multiplied."""

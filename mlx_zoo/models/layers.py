@@ -165,6 +165,19 @@ def check_count(name: str, value: int, least: int = 0, most: int = 2**28) -> Non
         raise ValueError(f"{name}={value!r}: a whole number from {least} to {most} is needed")
 
 
+def check_transformer(config: Any) -> None:
+    """Raise ValueError unless the sizes that every transformer's config has make sense."""
+    check_choice("act", config.act, ACTIVATIONS)
+    for name in ("dims", "num_heads", "mlp_dims"):
+        check_count(name, getattr(config, name), 1, most=2**20)
+    check_count("num_layers", config.num_layers, 1, most=1000)
+    check_count("num_classes", config.num_classes)
+    if not 0 < config.norm_eps < 1:
+        raise ValueError(f"norm_eps={config.norm_eps}: a small number above 0 is needed")
+    if config.dims % config.num_heads:
+        raise ValueError(f"{config.dims} dims do not divide among {config.num_heads} heads")
+
+
 def other_channels(weight: mx.array, in_chans: int) -> mx.array:
     """A convolution's weight (O, H, W, I) for another number of input channels, as timm does it.
 

@@ -24,6 +24,7 @@ from mlx_zoo.models.layers import (
     as_images,
     check_choice,
     check_count,
+    check_transformer,
     other_channels,
 )
 
@@ -59,12 +60,10 @@ class ViTConfig:
     drop_path: float = 0.0  # of the last block; it grows linearly from 0
 
     def __post_init__(self):
-        check_choice("act", self.act, ACTIVATIONS)
+        check_transformer(self)
         check_choice("pool", self.pool, POOLINGS)
-        for name in ("patch_size", "in_chans", "dims", "num_heads", "mlp_dims"):
-            check_count(name, getattr(self, name), 1, most=2**20)
-        check_count("num_layers", self.num_layers, 1, most=1000)
-        check_count("num_classes", self.num_classes)
+        check_count("patch_size", self.patch_size, 1, most=2**20)
+        check_count("in_chans", self.in_chans, 1, most=2**20)
         check_count("num_registers", self.num_registers, most=2**20)
         height, width = self.size
         check_count("img_size", height, self.patch_size, most=2**20)
@@ -72,10 +71,6 @@ class ViTConfig:
         check_count("the number of patches", math.prod(self.grid), 1, most=2**20)
         if height == width:  # equal configs are equal values
             object.__setattr__(self, "img_size", height)
-        if self.dims % self.num_heads:
-            raise ValueError(f"{self.dims} dims do not divide among {self.num_heads} heads")
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps={self.norm_eps}: a small number above 0 is needed")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs the class token")
         if self.dist_head and (not self.dist_token or self.pool != "token" or self.norms_pooled):
