@@ -34,21 +34,27 @@ NETWORKS = {
 
 # What the networks compute ----------------------------------------------------------------------
 
-# Blocks of one stage are alike: two of them show what all do. Ours, and the same for timm.
+# Blocks of one stage are alike: two of them show what all do. Ours, and the same for the library;
+# torchvision's have all their blocks, but may have small images.
 SHALLOW = {
-    "resnet": lambda c: ({"depths": (2, 1, 1, 1)}, {"layers": (2, 1, 1, 1)}),
-    "vit": lambda c: (
+    ("timm", "resnet"): lambda c: ({"depths": (2, 1, 1, 1)}, {"layers": (2, 1, 1, 1)}),
+    ("timm", "vit"): lambda c: (
         {"num_layers": 2, "img_size": 3 * c.patch_size},
         {"depth": 2, "img_size": 3 * c.patch_size},
+    ),
+    ("torchvision", "vit"): lambda c: (
+        {"img_size": 3 * c.patch_size},
+        {"image_size": 3 * c.patch_size},
     ),
 }
 
 
 def shallow(checkpoint):
     """A checkpoint of the same arithmetic with few blocks and small images, where that is known."""
-    if checkpoint.reference.library != "timm" or checkpoint.architecture not in SHALLOW:
+    make = SHALLOW.get((checkpoint.reference.library, checkpoint.architecture))
+    if make is None:
         return checkpoint
-    ours, theirs = SHALLOW[checkpoint.architecture](checkpoint.config)
+    ours, theirs = make(checkpoint.config)
     options = {**checkpoint.reference.options, **theirs}
     reference = replace(checkpoint.reference, options=options)
     return replace(checkpoint, config=replace(checkpoint.config, **ours), reference=reference)
