@@ -203,9 +203,14 @@ def bundled_texts(
 Row = Mapping[str, str]  # of a table: column -> cell
 
 
+def variant_of(row: Row) -> str:
+    """The name without its tag."""
+    return row["name"].partition(".")[0]
+
+
 def its_original(row: Row) -> Reference:
     """The library's network of the same name."""
-    return Reference(row["library"], row["name"].partition(".")[0])
+    return Reference(row["library"], variant_of(row))
 
 
 def read_table(

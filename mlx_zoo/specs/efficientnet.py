@@ -18,6 +18,7 @@ from mlx_zoo.catalogue import (
     num_labels,
     of_transformers,
     read_table,
+    variant_of,
 )
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
@@ -210,7 +211,7 @@ PORTED = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7")
 
 def configured(row: Mapping[str, str]) -> EfficientNetConfig:
     """The config of a row: of names that two publishers share, with the row's epsilon."""
-    variant = row["name"].partition(".")[0]
+    variant = variant_of(row)
     config = replace(EFFICIENTNETS[variant], num_classes=int(row["num_classes"]))
     if row["library"] == "torchvision" and variant in PORTED:
         return replace(config, norm_eps=1e-3)

@@ -16,6 +16,7 @@ from mlx_zoo.catalogue import (
     num_labels,
     of_transformers,
     read_table,
+    variant_of,
 )
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
@@ -90,9 +91,7 @@ CHECKPOINTS = (
     *read_table(
         Path(__file__).with_suffix(".tsv"),
         "resnet",
-        lambda row: replace(
-            RESNETS[row["name"].partition(".")[0]], num_classes=int(row["num_classes"])
-        ),
+        lambda row: replace(RESNETS[variant_of(row)], num_classes=int(row["num_classes"])),
     ),
 )
 

@@ -19,6 +19,7 @@ from mlx_zoo.catalogue import (
     num_labels,
     of_transformers,
     read_table,
+    variant_of,
 )
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec, Split, qkv, weight_and_bias
@@ -172,12 +173,12 @@ def from_transformers(config: Mapping[str, Any]) -> ViTConfig:
 
 def config_of(row: Row) -> ViTConfig:
     """That of the variant; torchvision has weights of one variant for images of several sizes."""
-    config = VITS[row["name"].partition(".")[0]]
+    config = VITS[variant_of(row)]
     return replace(config, num_classes=int(row["num_classes"]), img_size=int(row["size"]))
 
 
 def original_of(row: Row) -> Reference:
-    variant = row["name"].partition(".")[0]
+    variant = variant_of(row)
     sized = row["library"] == "torchvision"  # timm's names say the size
     return Reference(row["library"], variant, {"image_size": int(row["size"])} if sized else {})
 

@@ -145,11 +145,8 @@ class Pair:
 
 def _against_original(model: nn.Module, place: Place, size: int | None, seed: int) -> Report:
     checkpoint, architecture = model.checkpoint, registry.of_model(model)
-    size = getattr(model.config, "img_size", size)
-    if size is None:
-        published = checkpoint.preprocessing.size if checkpoint.preprocessing else 224
-        size = published if architecture.inputs == "images" else 64
-    inputs = compare.random_inputs(architecture.inputs, model.config, size, seed)
+    shown = compare.image_size(model, size) if architecture.inputs == "images" else size or 64
+    inputs = compare.random_inputs(architecture.inputs, model.config, shown, seed)
     precision = _precision(model)
 
     original = _original(model, architecture, place)

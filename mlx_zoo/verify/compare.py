@@ -27,22 +27,31 @@ def as_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32))
 
 
-def random_inputs(
-    kind: str, config: Any, size: int | tuple[int, int], seed: int
-) -> dict[str, np.ndarray]:
-    """Seeded inputs for a network of `kind` "images" or "tokens", a batch of two.
+def image_size(model: nn.Module, size: int | None = None) -> int | tuple[int, int]:
+    """Of the images that a network is shown: the only one it takes, `size`, or as published."""
+    own = getattr(model.config, "img_size", size)
+    how = model.checkpoint.preprocessing
+    return own or (how.size if how else 224)
 
-    Images are (2, H, W, C), of mean 0 and deviation 1. Tokens are (2, N): ids, a mask with the end
+
+def random_inputs(
+    kind: str, config: Any, size: int | tuple[int, int], seed: int, batch: int = 2
+) -> dict[str, np.ndarray]:
+    """Seeded inputs for a network of `kind` "images" or "tokens", a batch of two or more.
+
+    Images are (B, H, W, C), of mean 0 and deviation 1. Tokens are (B, N): ids, a mask with the end
     of the second row left out, and token types.
     """
     rng = np.random.default_rng(seed)
     if kind == "images":
         height, width = (size, size) if isinstance(size, int) else size
-        images = rng.standard_normal((2, height, width, config.in_chans))
+        images = rng.standard_normal((batch, height, width, config.in_chans))
         return {"pixel_values": images.astype(np.float32)}
     assert isinstance(size, int)
     length = min(size, config.max_positions)
-    shape: tuple[int, ...] = (2, 3, length) if config.task == "multiple-choice" else (2, length)
+    shape: tuple[int, ...] = (batch, length)
+    if config.task == "multiple-choice":
+        shape = (batch, 3, length)
     mask = np.ones(shape, np.int32)
     mask[1, ..., -(length // 3) :] = 0
     inputs = {

@@ -133,12 +133,8 @@ def _inputs(model: nn.Module, place: Place, seed: int) -> tuple[dict[str, np.nda
     checkpoint, architecture = model.checkpoint, registry.of_model(model)
     config = model.config
     if architecture.inputs == "images":
-        size = getattr(config, "img_size", None)
-        size = size or (checkpoint.preprocessing.size if checkpoint.preprocessing else 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (NUM_IMAGES, height, width, config.in_chans)
-        pixels = np.random.default_rng(seed).standard_normal(shape)
-        return {"pixel_values": pixels.astype(np.float32)}, "of seeded noise"
+        size = compare.image_size(model)
+        return compare.random_inputs("images", config, size, seed, NUM_IMAGES), "of seeded noise"
     try:
         tokenizer = Tokenizer.from_files(describe.companions(checkpoint, architecture, place))
     except (CheckpointError, UnsupportedFormat):
