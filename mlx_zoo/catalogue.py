@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -17,6 +18,9 @@ from mlx_zoo.mapping.spec import Spec
 from mlx_zoo.preprocess.image import Preprocessing
 
 DATA = Path(__file__).parent / "data"  # what ships with the package
+
+# In the name of a licence that forbids commercial use, or allows research alone (Apple's AMLR).
+NON_COMMERCIAL = re.compile(r"\b(nc|non-?commercial|research|amlr)\b")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Checkpoint:
     def variant(self) -> str:
         """The name without its tag: 'resnet50'."""
         return self.name.partition(".")[0]
+
+    @property
+    def is_non_commercial(self) -> bool:
+        """Whether the licence, by its name, forbids commercial use or allows research alone."""
+        return bool(NON_COMMERCIAL.search((self.license or "").lower()))
 
 
 @dataclass(frozen=True)

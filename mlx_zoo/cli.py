@@ -177,6 +177,7 @@ def load(name: str, as_json: bool, verify: bool, **chosen: Any) -> None:
         "source": model.checkpoint.source,
         "revision": model.checkpoint.revision,
         "dialect": model.checkpoint.dialect,
+        "licence": model.checkpoint.license,
         "parameters": engine.num_parameters(model),
         "bytes": sum(x.nbytes for x in weights),
         "dtype": ", ".join(sorted({str(x.dtype).split(".")[-1] for x in weights})),
@@ -490,7 +491,8 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
         "revision": checkpoint.revision or _revision_policy(checkpoint),
         "sha256": checkpoint.sha256
         and checkpoint.sha256 + ("..." if len(checkpoint.sha256) < 64 else ""),
-        "licence": checkpoint.license,
+        "licence": checkpoint.license
+        and checkpoint.license + (": no commercial use" if checkpoint.is_non_commercial else ""),
         "parameters": f"{registry.num_parameters(checkpoint):,}",
         "task": checkpoint.task,
         "other tasks": ", ".join(architecture.also.get(checkpoint.task, ())),

@@ -185,6 +185,7 @@ def _quantized(
 
 
 def _fetch(source: Source, request: Request, place: Place) -> Fetched:
+    _say_licence(request.checkpoint)
     try:
         return fetch_weights(source, **place.options)
     except NotCached as error:
@@ -193,6 +194,15 @@ def _fetch(source: Source, request: Request, place: Place) -> Fetched:
             f"the weights of {name} are not in the cache and the network is off. "
             f"Fetch them with the network on: mlx-zoo load {name}"
         ) from error
+
+
+def _say_licence(checkpoint: Checkpoint) -> None:
+    """Log what a licence forbids, before the weights are downloaded."""
+    if checkpoint.is_non_commercial:
+        warn_once(
+            f"{checkpoint.name}: the licence of these weights, {checkpoint.license}, "
+            "does not allow commercial use"
+        )
 
 
 def manifest_of(
