@@ -14,6 +14,17 @@ import mlx_zoo  # isort: skip  # before anything imports mlx.core
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="where networks are compared"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "gpu":
+        os.environ |= {"MLX_ZOO_TEST_DEVICE": "gpu", "MLX_ENABLE_TF32": "0"}
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, for this test alone."""

@@ -6,12 +6,15 @@ A freshly initialised network proves little: its norms scale by 1, its biases ar
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from mlx_zoo.verify import Report, verify
+
+DEVICE = os.environ.get("MLX_ZOO_TEST_DEVICE", "cpu")  # pytest --device; originals: the CPU
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -87,7 +90,7 @@ def proven(model, **options) -> Report:
 
     Where PyTorch's own float32 error is above 1e-5, only the factor against it bounds ours.
     """
-    report = verify(model, **options)
+    report = verify(model, device=DEVICE, **options)
     assert report.passed, report.reason
     for output in report.outputs:
         assert 0.1 < output.scale < 30, "activations left the order of one"
