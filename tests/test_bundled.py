@@ -73,7 +73,7 @@ def test_stored_outputs_are_evidence_without_torch(name, monkeypatch):
 
 def test_nothing_is_stored_for_another_head(monkeypatch):
     monkeypatch.setattr(reference, "is_installed", lambda library: False)
-    with pytest.raises(VerificationError, match="another head, this network has None"):
+    with pytest.raises(VerificationError, match="another head, this network has none"):
         mlx_zoo.verify("bert_docs_topic")
 
 

@@ -28,6 +28,8 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlx_zoo import registry
+from mlx_zoo.mapping import engine
 from mlx_zoo.verify.reference import import_torchvision
 
 import_torchvision()  # timm imports it
@@ -212,7 +214,7 @@ def cross_validate(
 
 @torch.inference_mode()
 def layer_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Outputs of the layers that have parameters of their own, in the order of execution, flat.
+    """Outputs of the layers that have parameters of their own, in the order of execution.
 
     Images are NHWC. Of timm's norms with an activation in them it is what the norm gives.
     """
@@ -221,7 +223,7 @@ def layer_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     def keep(name: str, layer: nn.Module) -> None:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             nhwc = output.permute(0, 2, 3, 1) if output.ndim == 4 else output
-            outputs[name] = nhwc.reshape(-1).clone()  # an activation may follow, in place
+            outputs[name] = nhwc.contiguous().clone()  # an activation may follow, in place
 
         layer.register_forward_hook(hook)
 
@@ -233,15 +235,30 @@ def layer_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
+def our_layers(checkpoint: str) -> dict[str, tuple[str, ...]]:
+    """timm's layer -> ours, which are several where timm's is a fused one."""
+    known = registry.find(checkpoint)
+    architecture = registry.architectures()[known.architecture]
+    model = architecture.model(known.config)
+    return engine.layer_links(model, architecture.spec("timm", known.config))
+
+
 @torch.inference_mode()
 def evidence(
-    new_model: Callable[[], nn.Module], state: dict[str, Tensor], inputs: Tensor, seed: int
+    new_model: Callable[[], nn.Module],
+    state: dict[str, Tensor],
+    inputs: Tensor,
+    seed: int,
+    links: dict[str, tuple[str, ...]],
 ) -> dict[str, np.ndarray]:
-    """What float64 and float32 PyTorch compute; float64 means double weights on float32 inputs."""
+    """What float64 and float32 PyTorch compute; float64 means double weights on float32 inputs.
+
+    `links` gives our names of the layers. The layout is that of `mlx_zoo.verify.stored`.
+    """
     single, double = (filled(new_model(), state, kind) for kind in (torch.float32, torch.float64))
     tensors = {
-        "logits": double(inputs.double()).numpy(),  # (360, 10)
-        "logits_torch32": single(inputs).numpy(),
+        "output.logits": double(inputs.double()).numpy(),  # (360, 10)
+        "output.logits.torch32": single(inputs).numpy(),
         "reference_inputs": np.arange(NUM_REFERENCE),
     }
     truth = layer_outputs(double, inputs[:NUM_REFERENCE].double())
@@ -249,10 +266,16 @@ def evidence(
     random = np.random.default_rng(seed)
     for name, output in truth.items():
         index = np.sort(random.choice(output.numel(), size=NUM_SAMPLES, replace=False))
-        tensors[f"layer.{name}.index"] = index
-        tensors[f"layer.{name}.sample"] = output.numpy()[index]
-        tensors[f"layer.{name}.torch32"] = torch32[name].numpy()[index]
-        tensors[f"layer.{name}.scale"] = output.abs().max().reshape(1).numpy()
+        *shape, width = output.shape
+        dims = width // len(links[name])
+        row, column = index // width, index % width
+        for part, ours in enumerate(links[name]):
+            here = column // dims == part
+            tensors[f"layer.{ours}"] = output.numpy().reshape(-1)[index[here]]
+            tensors[f"layer.{ours}.torch32"] = torch32[name].numpy().reshape(-1)[index[here]]
+            tensors[f"layer.{ours}.index"] = (row * dims + column % dims)[here]
+            tensors[f"layer.{ours}.shape"] = np.array([*shape, dims])
+            tensors[f"layer.{ours}.scale"] = output.abs().max().reshape(1).numpy()
     return tensors
 
 
@@ -332,7 +355,8 @@ def run(
     paths = [args.output / checkpoint, args.output / answers]
     save_state(state, paths[0])
     tensors = {"images": held_out, "labels": held_out_labels} if with_images else {}
-    save_arrays(tensors | evidence(new_model, state, inputs, recipe.seed), paths[1])
+    tensors |= evidence(new_model, state, inputs, recipe.seed, our_layers(paths[0].stem))
+    save_arrays(tensors, paths[1])
 
     name = paths[0].stem
     provenance = {

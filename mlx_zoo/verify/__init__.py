@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_zoo import describe, registry, zoo
-from mlx_zoo.catalogue import Architecture, Checkpoint
+from mlx_zoo.backend.precision import real_float32
+from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
-from mlx_zoo.errors import MissingDependency, VerificationError
-from mlx_zoo.hub import cache
-from mlx_zoo.hub.fetch import fetch_weights
+from mlx_zoo.errors import DownloadError, MissingDependency, VerificationError
 from mlx_zoo.mapping import engine
-from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.preprocess.image import MODES
-from mlx_zoo.verify import compare, reference
+from mlx_zoo.verify import reference, stored
+from mlx_zoo.verify.cached import sweep
+from mlx_zoo.verify.circumstances import circumstances
+from mlx_zoo.verify.device import on_another_device
+from mlx_zoo.verify.evidence import KINDS, Evidence
+from mlx_zoo.verify.original import run_original
 from mlx_zoo.verify.preprocessing import compare_preprocessing
+from mlx_zoo.verify.published import Published, are_published, find_published
 from mlx_zoo.verify.quantized import against_full_precision
-from mlx_zoo.verify.report import TOLERANCES, PreprocessingDifference, Report, judge
-from mlx_zoo.verify.stored import against_stored
+from mlx_zoo.verify.report import TOLERANCES, PreprocessingDifference, Report
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "sweep", "verify"]
 
 
 def verify(
     model: str | os.PathLike[str] | nn.Module,
     pretrained: bool | str | os.PathLike[str] = True,
     *,
+    evidence: str | None = None,
     size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -41,18 +45,23 @@ def verify(
 ) -> Report:
     """Compare a network with its PyTorch original on seeded inputs, in real float32.
 
-    The original runs in float32 and in float64, which is the truth. Where PyTorch is not installed
-    and the checkpoint has stored outputs of the original, those are the evidence instead. A
-    quantised network is compared with its own weights in full precision: the report's `effect` says
-    how often the top answer is the same, and a language model's perplexity before and after.
+    The evidence is the best that is at hand, and the report says which: the original itself, run
+    here in float32 and in float64, which is the truth; else its fingerprint, what it answered when
+    these very weights were verified against it before, here or on another machine; else what is
+    published of its outputs. What the original answers is kept beside weights in the cache.
+
+    A quantised network is compared with its own weights in full precision: the report's `effect`
+    says how often the top answer is the same, and a language model's perplexity before and after.
 
     Args:
         model: a name as `load` takes it, or a loaded network, changed or not.
         pretrained, **options: as `load` takes them, where a name is given.
+        evidence: "original", "fingerprint" or "published": that, and no other.
         size: side of the images (None: as published) or number of tokens (64; at most as many as
             there are positions). A network that takes images of one size gets those.
         seed: of the inputs.
-        device: "cpu", or "gpu" for the default device, whose float32 may not be real float32.
+        device: "cpu", or "gpu" for the default device, whose float32 may not be real float32. Its
+            report has the comparison on the CPU beside it.
 
     Returns:
         A Report; `.passed` says whether it is the same network, `.first_divergence` where not.
@@ -61,21 +70,17 @@ def verify(
         MissingDependency: PyTorch is needed and not installed.
         VerificationError: there is nothing to compare with.
     """
+    start = time.perf_counter()
     place = Place(cache_dir, local_files_only)
-    if device not in ("cpu", "gpu"):
-        raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
-    for name, value in {"size": size, "seed": seed}.items():
-        if value is not None and (type(value) is not int or value < (name == "size")):
-            raise ValueError(f"{name}={value!r}: a count is needed")
+    _check_arguments(evidence, size, seed, device)
+    given = model
     if isinstance(model, nn.Module) and (options or pretrained is not True):
         said = ", ".join(options) or f"pretrained={pretrained!r}"
         raise ValueError(f"{said}: this network is loaded already, and verified as it is")
+    if device == "gpu":
+        _settle_float32()
     if not isinstance(model, nn.Module):
-        if options.get("quantize") is None:  # said before anything is downloaded
-            _can_run_original(describe.find(model, options.get("revision"), place))
-        model = zoo.load(
-            model, pretrained, cache_dir=cache_dir, local_files_only=local_files_only, **options
-        )
+        model = _loaded(model, pretrained, evidence, place, options)
     place = describe.place_of(model, cache_dir, local_files_only)
     checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
@@ -84,15 +89,52 @@ def verify(
     modes = [(module, module.training) for module in model.modules()]  # parents first
     model.eval()
     try:
-        with mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
-            if getattr(model, "quantization", None) is not None:
-                return against_full_precision(model, place, seed, _device())
-            if _can_run_original(checkpoint):
-                return _against_original(model, place, size, seed)
-            return against_stored(model, _precision(model), _device())
+        report = _verified(model, place, evidence, size, seed, device)
     finally:
         for module, training in modes:
             module.train(training)
+    asked = {"evidence": evidence, "size": size, "seed": seed or None}
+    asked["device"] = None if device == "cpu" else device
+    facts = circumstances(checkpoint, given, {"pretrained": pretrained, **options, **asked})
+    facts["sha256"] = report.sha256 or _converted_from(model)
+    return replace(report, **facts, seconds=time.perf_counter() - start)
+
+
+def _check_arguments(evidence: str | None, size: int | None, seed: int, device: str) -> None:
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"device={device!r}: 'cpu' or 'gpu' is needed")
+    if device == "gpu" and mx.default_device().type != mx.DeviceType.gpu:
+        raise ValueError("device='gpu': MLX's default device here is the CPU")
+    if evidence not in (None, *KINDS):
+        raise ValueError(f"evidence={evidence!r}: one of {', '.join(KINDS)} is needed")
+    for name, value in {"size": size, "seed": seed}.items():
+        if value is not None and (type(value) is not int or value < (name == "size")):
+            raise ValueError(f"{name}={value!r}: a count is needed")
+
+
+def _settle_float32() -> None:
+    """TF32 off, as far as it can be: MLX reads this once, at its first product on the GPU."""
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+
+def _loaded(model, pretrained, evidence, place: Place, options) -> nn.Module:
+    """The network of a name. Nothing is downloaded where there is nothing to compare it with."""
+    checkpoint = describe.find(model, options.get("revision"), place)
+    useful = options.get("quantize") is not None or (
+        _has_original(checkpoint) or checkpoint.evidence or are_published(checkpoint)
+    )
+    try:
+        return zoo.load(
+            model,
+            pretrained,
+            cache_dir=place.cache_dir,
+            local_files_only=place.local_files_only or not useful,
+            **options,
+        )
+    except DownloadError as error:
+        if useful:
+            raise
+        raise _nothing(checkpoint, evidence, ["its weights are not in the cache"]) from error
 
 
 def _check_is_the_checkpoints(model: nn.Module) -> None:
@@ -110,132 +152,135 @@ def _check_is_the_checkpoints(model: nn.Module) -> None:
             )
 
 
-def _can_run_original(checkpoint) -> bool:
-    original = checkpoint.reference
-    if original is not None and reference.is_installed(original.library):
-        return True
-    if checkpoint.evidence:
-        return False
-    if original is None:
-        raise VerificationError(f"{checkpoint.name} names no PyTorch original to compare with")
-    raise MissingDependency(
-        f"verifying {checkpoint.name} needs torch and {original.library}: "
-        'pip install "mlx-zoo[torch]"'
-    )
+def _verified(
+    model: nn.Module, place: Place, evidence: str | None, size: int | None, seed: int, device: str
+) -> Report:
+    """The report of a network in eval mode; kept beside its weights where it may be."""
+    found: Evidence | Published | None = None
+    if getattr(model, "quantization", None) is not None:
+        if evidence is not None:
+            raise ValueError(
+                f"evidence={evidence!r}: a quantised network is compared with its own weights"
+            )
+
+        def run(device: str) -> Report:
+            return against_full_precision(model, place, seed, device)
+    else:
+        found, notes = _find(model, place, evidence, size, seed)
+        preprocessing = _preprocessing(model.checkpoint, seed, place)
+
+        def run(device: str) -> Report:
+            report = found.report(model, _precision(model), device)
+            more = () if report.passed else _explained(model, report)
+            said = (*report.notes, *more, *notes)
+            return replace(report, notes=said, preprocessing=preprocessing)
+
+    with mx.stream(mx.cpu):
+        report = run("cpu")
+    stored.keep(model, report, found if isinstance(found, Evidence) else None)
+    if device == "cpu":
+        return report
+    with mx.stream(mx.default_device()):
+        return on_another_device(run("gpu"), report, real_float32("gpu"))
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A layer of ours and the original's that computes it; of a fused one, which part of it."""
-
-    ours: str
-    theirs: str
-    part: int
-    parts: int
-
-    def out_of(self, seen: Mapping[str, np.ndarray], layer: nn.Module, like: np.ndarray):
-        """What the original's layer gave, as ours gives it: (B, ..., C), of the shape of `like`."""
-        values = np.split(channels_last(seen[self.theirs], layer), self.parts, axis=-1)[self.part]
-        # Position embeddings have no batch axis, here or there; a changed network may have
-        # another size.
-        if values.ndim == like.ndim and values.shape[1:] == like.shape[1:] and len(values) == 1:
-            return np.broadcast_to(values, like.shape)
-        return values.reshape(like.shape) if values.size == like.size else values
+# Evidence ---------------------------------------------------------------------------------------
 
 
-def _against_original(model: nn.Module, place: Place, size: int | None, seed: int) -> Report:
-    checkpoint, architecture = model.checkpoint, registry.of_model(model)
-    shown = compare.image_size(model, size) if architecture.inputs == "images" else size or 64
-    inputs = compare.random_inputs(architecture.inputs, model.config, shown, seed)
-    precision = _precision(model)
-
-    original = _original(model, architecture, place)
-    pairs = _pairs(model, architecture, original)
-    upstream = {pair.theirs for pair in pairs.values()}
-    outputs, layers = compare.run(model, inputs, pairs)
-    same_outputs, same = reference.run(original, inputs, upstream, precision)
-    true_outputs, true = reference.run(original, inputs, upstream, "float64")
-    if outputs.keys() != same_outputs.keys():
-        raise VerificationError(
-            f"the network returns {', '.join(outputs)}, its original {', '.join(same_outputs)}"
-        )
-    modules = dict(model.named_modules())
-    rows = []
-    for name, x in layers.items():
-        if pairs[name].theirs not in same:  # torch's attention takes out_proj's weight, and no more
-            continue
-        theirs = [pairs[name].out_of(seen, modules[name], x) for seen in (same, true)]
-        rows.append(judge(name, x, theirs[0], theirs[1], precision))
-    return Report(
-        name=checkpoint.name,
-        evidence=f"{checkpoint.reference.library} in {precision} and float64",
-        outputs=tuple(
-            judge(name, x, same_outputs[name], true_outputs[name], precision)
-            for name, x in outputs.items()
+def _find(
+    model: nn.Module, place: Place, evidence: str | None, size: int | None, seed: int
+) -> tuple[Evidence | Published, tuple[str, ...]]:
+    """The best evidence that is at hand, and why there is no better one."""
+    ways: dict[str, Callable[[], Evidence | Published | str]] = {
+        "original": lambda: _original(model, place, size, seed, evidence is not None),
+        "fingerprint": lambda: stored.fingerprint(model),
+        "published": lambda: (
+            stored.bundled(model) if model.checkpoint.evidence else find_published(model, place)
         ),
-        layers=tuple(rows),
-        device=_device(),
-        seed=seed,
-        inputs=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
-        versions={**cache.versions(), **reference.versions(checkpoint.reference.library)},
-        preprocessing=_preprocessing(checkpoint, seed, place),
+    }
+    missing: list[str] = []
+    for kind in KINDS if evidence is None else (evidence,):
+        found = ways[kind]()
+        if not isinstance(found, str):
+            return found, tuple(missing)
+        missing.append(found)
+    raise _nothing(model.checkpoint, evidence, missing)
+
+
+def _original(
+    model: nn.Module, place: Place, size: int | None, seed: int, only: bool
+) -> Evidence | str:
+    """What the original answers here, or why it cannot be run. `only`: that is an error."""
+    checkpoint = model.checkpoint
+    if checkpoint.reference is None:
+        return f"{checkpoint.name} names no PyTorch original"
+    if not _has_original(checkpoint):
+        return f"torch and {checkpoint.reference.library} are not installed"
+    try:
+        with mx.stream(mx.cpu):
+            return run_original(model, place, size, seed, _precision(model))
+    except (DownloadError, MissingDependency) as error:
+        if only:
+            raise
+        return f"the original cannot be run: {error}"
+
+
+def _has_original(checkpoint: Checkpoint) -> bool:
+    return checkpoint.reference is not None and reference.is_installed(checkpoint.reference.library)
+
+
+def _nothing(
+    checkpoint: Checkpoint, evidence: str | None, missing: list[str]
+) -> VerificationError | MissingDependency:
+    """The error that says what would help."""
+    why = "; ".join(missing)
+    if evidence not in (None, "original") or _has_original(checkpoint):
+        return VerificationError(f"nothing to compare {checkpoint.name} with: {why}")
+    if checkpoint.reference is None:
+        return VerificationError(f"{checkpoint.name} names no PyTorch original to compare with")
+    return MissingDependency(
+        f"verifying {checkpoint.name} needs torch and {checkpoint.reference.library}: "
+        f'pip install "mlx-zoo[torch]" ({why}); a folder that `mlx-zoo convert` wrote where they '
+        "are, after `mlx-zoo verify`, can be verified without them"
     )
+
+
+def _explained(model: nn.Module, report: Report) -> tuple[str, ...]:
+    """What is known of a difference."""
+    notes = []
+    converted = _converted_from(model)
+    if report.evidence_kind == "original":
+        other = {n for n, sha in report.sha256.items() if converted.get(n, sha) != sha}
+        notes += [f"{name} is not the file that was converted: it has changed" for name in other]
+    weights = [x for x in engine.parameters(model).values() if x.dtype == mx.float32]
+    for half in (mx.float16, mx.bfloat16) if weights else ():
+        if all(mx.array_equal(x, x.astype(half).astype(mx.float32)).item() for x in weights):
+            kind = str(half).rpartition(".")[2]
+            notes.append(
+                f"all weights are those of {kind}: they were rounded before they were loaded, by a "
+                f"conversion in half precision, say. Convert them in float32, or verify with "
+                f'dtype="{kind}"'
+            )
+    return tuple(notes)
+
+
+def _converted_from(model: nn.Module) -> Mapping[str, str]:
+    """The hashes of the published files that its weights were converted from, by name."""
+    entry = getattr(model, "entry", None)
+    return (entry.manifest.get("source_sha256") or {}) if entry else {}
 
 
 def _preprocessing(
     checkpoint: Checkpoint, seed: int, place: Place
 ) -> PreprocessingDifference | None:
-    """None where nobody publishes how, or where it cannot be shown in a picture."""
+    """None where nobody publishes how, or it cannot be shown in a picture, or be run here."""
     how = checkpoint.preprocessing
-    if how is None or len(how.mean) not in MODES:
+    if how is None or len(how.mean) not in MODES or not _has_original(checkpoint):
         return None
     try:
         return compare_preprocessing(checkpoint, seed=seed, place=place)
-    except VerificationError:
+    except (VerificationError, MissingDependency, DownloadError):
         return None
-
-
-def _original(model: nn.Module, architecture: Architecture, place: Place):
-    """The PyTorch original with the published weights."""
-    checkpoint = model.checkpoint
-    fetched = fetch_weights(describe.source_of(checkpoint), **place.options)
-    files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
-    return reference.build(checkpoint, model.config, files, fetched.weights)
-
-
-def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, Pair]:
-    """The layers of ours that have weights, with the original's.
-
-    Those that a repository keeps in folders of their own have other names there; the output
-    shows them.
-    """
-    there = dict(original.named_modules())
-    apart = tuple(architecture.parts(model.config).values())
-    own = model.checkpoint.dialect
-    publisher = own.partition(",")[0]
-    # A library may give the layers of an old file new names: another of its dialects has those.
-    others = [name for name in architecture.dialects if name.partition(",")[0] == publisher]
-    unknown: dict[str, list[str]] = {}
-    for dialect in (own, *others):
-        pairs = {}
-        unknown[dialect] = []
-        spec = architecture.spec(dialect, model.config)
-        for upstream, ours in engine.layer_links(model, spec).items():
-            if not upstream or upstream.startswith(apart):
-                continue
-            names = [name for name in there if name == upstream or name.endswith("." + upstream)]
-            if not names:
-                unknown[dialect].append(upstream)
-                continue
-            for part, name in enumerate(ours):
-                pairs[name] = Pair(name, min(names, key=len), part, len(ours))
-        if not unknown[dialect]:
-            return pairs
-    raise VerificationError(f"the original has no layer {unknown[own][0]}")
-
-
-def _device() -> str:
-    return str(mx.default_device().type).split(".")[-1]
 
 
 def _precision(model: nn.Module) -> str:

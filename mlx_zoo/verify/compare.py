@@ -22,6 +22,15 @@ def run(
     }
 
 
+def shapes(
+    model: nn.Module, inputs: Mapping[str, np.ndarray], layers: Iterable[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """As `run`, but only the shapes: MLX is lazy, and nothing is computed."""
+    with _recording(model, frozenset(layers)) as seen:
+        output = model(*(mx.array(x) for x in inputs.values()))
+    return {name: x.shape for name, x in _outputs(output)}, {n: x.shape for n, x in seen.items()}
+
+
 def as_numpy(x: mx.array) -> np.ndarray:
     """In float32: NumPy has no bfloat16."""
     return np.array(x.astype(mx.float32))

@@ -20,7 +20,7 @@ from mlx_zoo.mapping import engine
 from mlx_zoo.preprocess.text import Tokenizer
 from mlx_zoo.quantization import quantize_layers
 from mlx_zoo.verify import compare
-from mlx_zoo.verify.report import Report, judge
+from mlx_zoo.verify.report import Report, judge, look_closely
 
 NUM_IMAGES = 16
 NUM_TEXTS, NUM_TOKENS = 8, 128
@@ -36,10 +36,11 @@ class QuantizedReport(Report):
 
     different: tuple[str, ...] = ()  # tensors that are something else
     effect: Mapping[str, float] = field(default_factory=dict)
+    num_tensors: int = 0  # that were compared
 
     @property
     def passed(self) -> bool:
-        return not self.different
+        return self.num_tensors > 0 and not self.different
 
     @property
     def first_divergence(self) -> str | None:
@@ -58,9 +59,11 @@ class QuantizedReport(Report):
 
     def __rich__(self):
         from rich.console import Group
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"{self.name} against {self.evidence}", title_justify="left")
+        title = escape(f"{self.name} against {self.evidence}")
+        table = Table(title=title, title_justify="left")
         table.add_column("effect on the outputs")
         table.add_column(justify="right")
         for name, value in self.effect.items():
@@ -69,7 +72,8 @@ class QuantizedReport(Report):
             table.add_row(f"max |diff| of {c.name}, of {c.scale:.2g}", f"{c.max_abs:.2g}")
         verdict = "[bold green]passed[/]" if self.passed else "[bold red]FAILED[/]"
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return Group(table, f"{verdict}: {self.reason}", f"{self.inputs}{seed}; {self.device}")
+        where = escape(f"{self.inputs}{seed}; {self.device}")
+        return Group(table, f"{verdict}: {escape(self.reason)}", where)
 
 
 def against_full_precision(model: nn.Module, place: Place, seed: int, device: str) -> Report:
@@ -89,8 +93,12 @@ def against_full_precision(model: nn.Module, place: Place, seed: int, device: st
         seed=seed,
         inputs=f"{', '.join(f'{name} {x.shape}' for name, x in inputs.items())}, {what}",
         versions=versions,
+        evidence_kind="weights",
+        origin="the published weights, converted here and quantised again",
         different=_different(model, full),
         effect=effect,
+        num_tensors=len(engine.parameters(model)),
+        **look_closely(mine, original, original, model.checkpoint.labels),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -411,3 +412,226 @@ def _state_dict(weights: Sequence[Path]) -> dict[str, Any]:
     if not state:
         raise CheckpointError(f"no tensors in {', '.join(map(str, weights))}")
     return strip_prefixes(state)
+
+
+# Operations -------------------------------------------------------------------------------------
+
+
+def operate(
+    name: str,
+    inputs: Sequence[np.ndarray],
+    parameters: Mapping[str, Any],
+    precision: str,
+    cotangents: Sequence[np.ndarray] = (),
+    wanted: Sequence[int] = (),
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What PyTorch's operation of that name gives, and the gradients of the `wanted` inputs.
+
+    Arrays are in MLX's layout, images (B, H, W, C), on both ways. Floats are computed with in
+    `precision`. `cotangents` are one for each output.
+    """
+    import torch
+
+    dtype = getattr(torch, precision)
+    tensors = [
+        torch.from_numpy(np.array(x)).to(dtype) if x.dtype.kind == "f" else torch.from_numpy(x)
+        for x in inputs
+    ]
+    for i in wanted:
+        tensors[i].requires_grad_(True)
+    outputs = _operations()[name](*tensors, **parameters)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients: Sequence[Any] = ()
+    if wanted:
+        roots = [i for i, x in enumerate(outputs) if x.requires_grad]
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in roots],
+            [tensors[i] for i in wanted],
+            [torch.from_numpy(cotangents[i]).to(dtype) for i in roots],
+            materialize_grads=True,
+        )
+    return [_numpy(x) for x in outputs], [_numpy(x) for x in gradients]
+
+
+@functools.cache
+def _operations() -> dict[str, Callable]:
+    """By the names of `mlx_zoo.verify.operations`, with MLX's layouts and argument names."""
+    import torch
+    from torch.nn import functional as F
+
+    def inner(x):  # (B, ..., C) -> (B, C, ...)
+        return x.movedim(-1, 1)
+
+    def outer(x):
+        return x.movedim(1, -1)
+
+    def conv(function):
+        return lambda x, w, b=None, **how: outer(function(inner(x), inner(w), b, **how))
+
+    def conv_transpose(function):
+        return lambda x, w, **how: outer(function(inner(x), w.movedim(-1, 0), **how))
+
+    def mean_edge(x):
+        options = {"ceil_mode": True, "count_include_pad": False}
+        return outer(F.avg_pool2d(inner(x), 2, 2, **options))
+
+    def batch_norm(x, mean, var, w, b, *, eps):
+        return outer(F.batch_norm(inner(x), mean, var, w, b, eps=eps))
+
+    def batch_norm_training(x, mean, var, w, b, *, eps, momentum):
+        mean, var = mean.detach().clone(), var.detach().clone()
+        y = F.batch_norm(inner(x), mean, var, w, b, True, momentum, eps)
+        return outer(y), mean, var
+
+    def attention(q, k, v, mask=None, *, scale, causal=False):
+        if causal:
+            N, length = q.shape[2], k.shape[2]
+            mask = torch.ones(N, length, dtype=torch.bool).tril(length - N)
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
+
+    def arg_first(x, axis):
+        return torch.sort(x, dim=axis, descending=True, stable=True).indices.select(axis, 0)
+
+    def put(x, indices, values, *, axis):
+        return torch.scatter(x, axis, indices.long(), values.expand(indices.shape))
+
+    def update(x, y, *, start, stop):
+        x = x.clone()
+        x[:, :, start:stop] = y
+        return x
+
+    def pad(x, *, widths, mode="constant", value=0.0):
+        pairs = [side for pair in reversed(widths) for side in pair]
+        if mode == "constant":
+            return F.pad(x, pairs, value=value)
+        index = [
+            torch.arange(-before, size + after).clamp(0, size - 1)
+            for (before, after), size in zip(widths, x.shape, strict=True)
+        ]
+        return x[torch.meshgrid(*index, indexing="ij")]
+
+    def cast(x, *, dtype):
+        return x.to(getattr(torch, dtype))
+
+    def resample(x, *, size):  # (H, W, D)
+        y = F.interpolate(x.movedim(-1, 0)[None], size, mode="bicubic", antialias=True)
+        return y[0].movedim(0, -1)
+
+    def unpacked(packed, scales, biases, *, bits, group_size):
+        """Codes lie bit after bit, the lowest first, each group with its scale and offset."""
+        shifts = torch.arange(32)
+        stream = (packed.long()[..., None] >> shifts & 1).flatten(-2)
+        codes = (stream.unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
+        codes = codes.to(scales.dtype).unflatten(-1, (-1, group_size))
+        return (codes * scales[..., None] + biases[..., None]).flatten(-2)
+
+    def quantized_matmul(x, packed, scales, biases, *, transpose=True, **how):
+        w = unpacked(packed, scales, biases, **how)
+        return x @ (w.mT if transpose else w)
+
+    def softplus(x):
+        return torch.logaddexp(x, torch.zeros_like(x))
+
+    normal = torch.distributions.Normal(0, 1)
+    return {
+        "conv1d": conv(F.conv1d),
+        "conv2d": conv(F.conv2d),
+        "Conv2d": conv(F.conv2d),
+        "conv_transpose1d": conv_transpose(F.conv_transpose1d),
+        "conv_transpose2d": conv_transpose(F.conv_transpose2d),
+        "MaxPool2d": lambda x, **how: outer(F.max_pool2d(inner(x), **how)),
+        "AvgPool2d": lambda x, **how: outer(F.avg_pool2d(inner(x), **how)),
+        "mean of odd edges": mean_edge,
+        "BatchNorm": batch_norm,
+        "BatchNorm in training": batch_norm_training,
+        "LayerNorm": lambda x, w, b, *, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
+        "GroupNorm": lambda x, w, b, *, groups, eps: outer(
+            F.group_norm(inner(x), groups, w, b, eps)
+        ),
+        "linalg.norm": lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+        "exp": torch.exp,
+        "erf": torch.erf,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+        "sqrt": torch.sqrt,
+        "logaddexp": torch.logaddexp,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+        "relu": F.relu,
+        "relu2": lambda x: F.relu(x).square(),
+        "relu6": F.relu6,
+        "leaky_relu": F.leaky_relu,
+        "silu": F.silu,
+        "mish": F.mish,
+        "hardswish": F.hardswish,
+        "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5))),
+        "sqrtsoftplus": lambda x: softplus(x).sqrt(),
+        "softmax": lambda x, mask=None, *, axis=-1: (x if mask is None else x + mask).softmax(axis),
+        "softmax of hidden rows": lambda x, mask: (x + mask).softmax(-1).sum(-1),
+        "logsumexp": lambda x: torch.logsumexp(x, -1),
+        "attention": attention,
+        "Embedding": lambda w, ids: F.embedding(ids.long(), w),
+        "Embedding.as_linear": lambda w, x: x @ w.T,
+        "take": lambda x, ids, *, axis: x.index_select(axis, ids.long()),
+        "take_along_axis": lambda x, ids, *, axis: torch.take_along_dim(x, ids.long(), axis),
+        "put_along_axis": put,
+        "x[rows, columns]": lambda x, rows, columns: x[rows.long(), columns.long()],
+        "argmax": lambda x, *, axis=-1: arg_first(x, axis),
+        "argmax of a mask": lambda x, *, axis=-1: arg_first((x != 0).int(), axis),
+        "argsort": lambda x: torch.argsort(x, dim=-1, stable=True),
+        "topk": lambda x, *, k: torch.sort(x, -1).values[..., -k:],
+        "argpartition": lambda x, *, k: torch.sort(x, -1).values[..., k:],
+        "cumsum": lambda x, *, axis: torch.cumsum(x, axis).to(x.dtype),
+        "matmul": torch.matmul,
+        "addmm": torch.addmm,
+        "Linear": F.linear,
+        "einsum": lambda *xs, subscripts: torch.einsum(subscripts, *xs),
+        "tensordot": lambda x, y, *, axes: torch.tensordot(x, y, axes),
+        "inner products": lambda x, y, *, scale: scale * x @ y.mT,
+        "mean": lambda x, *, axis: x.mean(axis),
+        "spatial_mean": lambda x: x.mean((1, 2), keepdim=True),
+        "sum": lambda x, *, axis: x.sum(axis).to(x.dtype),
+        "var": lambda x, *, axis: x.var(axis, correction=0),
+        "max": lambda x, *, axis=-1: torch.amax(x, axis),
+        "min": lambda x, *, axis=-1: torch.amin(x, axis),
+        "bicubic": resample,
+        "add": torch.add,
+        "subtract": torch.subtract,
+        "multiply": torch.multiply,
+        "divide": torch.divide,
+        "maximum": torch.maximum,
+        "abs": torch.abs,
+        "square": torch.square,
+        "clip": lambda x, *, low, high: x.clamp(low, high),
+        "where": lambda x, y, condition: torch.where(condition, x, y),
+        "compare": lambda x, y: (x < y, x <= y, x == y, x != y, x >= y, x > y),
+        "logic": lambda x, y: (x & y, x | y, ~x),
+        "arithmetic of integers": lambda x, y: (x + y, x - y, x * y),
+        "remainders": lambda x, y: (x // y, x % y),
+        "astype": cast,
+        "concatenate": lambda *xs, axis: torch.cat(xs, axis),
+        "stack": lambda *xs, axis: torch.stack(xs, axis),
+        "split": lambda x, *, parts: x.tensor_split(parts, -1),
+        "pad": pad,
+        "reshape": lambda x, *, shape: x.reshape(shape),
+        "flatten, unflatten": lambda x: x.flatten(1, 2).unflatten(1, x.shape[1:3]),
+        "transpose": lambda x, *, axes: x.permute(axes),
+        "heads": lambda x, *, heads: x.unflatten(-1, (heads, -1)).swapaxes(1, 2),
+        "broadcast_to": lambda x, *, shape: x.expand(shape),
+        "slices": lambda x: (x[:, 1::2], x[:, 1:-1, None], torch.flip(x, (1,)), x[..., -1]),
+        "x[:, :, a:b] = y": update,
+        "arange": lambda *, start, stop, step: torch.arange(start, stop, step),
+        "tri": lambda *, rows, columns, k: torch.ones(rows, columns, dtype=torch.bool).tril(k),
+        "constants": lambda x: (torch.zeros_like(x), torch.ones_like(x), torch.full_like(x, 0.1)),
+        "categorical": lambda x, **how: x.softmax(-1),
+        "bernoulli": lambda x, **how: x,
+        "normal": lambda x, **how: normal.cdf(x[1:]) - normal.cdf(x[:-1]),
+        "Dropout": lambda x, **how: torch.cat((x, 1 - x)),
+        "the same key": lambda x: torch.tensor([True, False]),
+        "dequantize": unpacked,
+        "quantize": lambda w, **how: w,
+        "quantized_matmul": quantized_matmul,
+    }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,11 +15,16 @@ TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 CHANCE = {"float32": 8 * 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FACTOR = 4.0  # how many times PyTorch's own rounding error ours may be, both against float64
 
+NUM_SAMPLES = 8  # of the values of an output, that a report shows one by one
+NUM_BINS = 41  # of the distribution of their errors; one is about zero
+SHORT, NUM_WORST = 30, 10  # a table of so many layers is printed; of a longer one, the worst
+
 
 @dataclass(frozen=True)
 class Comparison:
     """One layer's (or output's) values, ours and PyTorch's, on the same input."""
 
+    printed: ClassVar[bool] = False  # whether theirs are figures that somebody printed, rounded
     name: str
     max_abs: float  # ours against PyTorch, in the same precision
     mean_abs: float
@@ -27,6 +32,7 @@ class Comparison:
     error: float  # ours against PyTorch in float64
     torch_error: float  # PyTorch in our precision against itself in float64
     precision: str = "float32"
+    note: str = ""  # why there are no figures, where there are none
 
     @property
     def tolerance(self) -> float:
@@ -36,7 +42,28 @@ class Comparison:
     @property
     def max_rel(self) -> float:
         """`max_abs` relative to the largest value of the layer."""
-        return self.max_abs / self.scale if self.scale else self.max_abs
+        return self.relative(self.max_abs)
+
+    @property
+    def bound(self) -> float:
+        """Of `error`: a small multiple of what rounding costs PyTorch itself."""
+        return FACTOR * max(self.torch_error, CHANCE[self.precision] * self.scale)
+
+    @property
+    def ratio(self) -> float:
+        """Our error over PyTorch's own, both against float64; 1 where both are exact."""
+        if not np.isfinite([self.max_abs, self.error]).all():
+            return float("inf")
+        if self.torch_error:
+            return self.error / self.torch_error
+        return float("inf") if self.error else 1.0
+
+    @property
+    def strain(self) -> float:
+        """How much of the bound our error uses up; infinite for what is not finite."""
+        if not np.isfinite([self.max_abs, self.error, self.bound]).all():
+            return float("inf")
+        return self.error / self.bound if self.bound else float(self.error > 0)
 
     @property
     def passed(self) -> bool:
@@ -49,10 +76,14 @@ class Comparison:
         if not np.isfinite([self.max_abs, self.error]).all():
             return False
         allowed = self.tolerance * self.scale
-        accurate = self.error <= FACTOR * max(self.torch_error, CHANCE[self.precision] * self.scale)
+        accurate = self.error <= self.bound
         if self.precision != "float32":
             return accurate or self.max_abs <= allowed
         return accurate and (self.max_abs <= allowed or self.torch_error > allowed)
+
+    def relative(self, figure: float) -> float:
+        """A figure as a part of the largest value; as it is where all values are zero."""
+        return figure / self.scale if self.scale else figure
 
 
 def judge(
@@ -63,8 +94,9 @@ def judge(
     precision: str = "float32",
 ) -> Comparison:
     """Compare arrays of one shape: ours, PyTorch's in the same precision and in float64."""
-    if not ours.shape == theirs.shape == double.shape:
-        return Comparison(name, np.inf, np.inf, 1.0, np.inf, 0.0, precision)
+    if not ours.shape == theirs.shape == double.shape or not ours.size:
+        note = f"{_shape(ours)} here, {_shape(double)} in PyTorch"
+        return Comparison(name, np.inf, np.inf, 1.0, np.inf, 0.0, precision, note)
     ours = ours.astype(np.float64)
     difference = np.abs(ours - theirs)
     return Comparison(
@@ -76,6 +108,89 @@ def judge(
         torch_error=float(np.abs(theirs - double).max()),
         precision=precision,
     )
+
+
+def _shape(x: np.ndarray) -> str:
+    return " x ".join(map(str, x.shape)) or "one value"
+
+
+# A closer look at the outputs -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One value of an output: ours, PyTorch's in the same precision, and in float64."""
+
+    output: str
+    index: tuple[int, ...]
+    label: str  # of the class, where the checkpoint has one; else ""
+    ours: float
+    torch: float
+    truth: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the errors of an output's values are distributed, both against float64.
+
+    Counts of values in NUM_BINS bins of one width, from -reach to reach. With a reach of 0 there is
+    no error at all. `nonfinite` values of ours are in no bin.
+    """
+
+    output: str
+    reach: float
+    ours: tuple[int, ...]
+    torch: tuple[int, ...]
+    nonfinite: int = 0
+
+
+def look_closely(
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+    double: Mapping[str, np.ndarray],
+    labels: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """`samples` and `spreads` of the outputs, as a Report takes them.
+
+    Of outputs of one shape alone. The samples are the largest values, and the one in which ours and
+    PyTorch's are farthest apart. `labels` are of the last axis, where it is as long.
+    """
+    same = [name for name in ours if ours[name].shape == double[name].shape and ours[name].size]
+    values = {name: (ours[name], theirs[name], double[name]) for name in same}
+    return {
+        "samples": tuple(x for name in same for x in _samples(name, *values[name], labels)),
+        "spreads": tuple(_spread(name, *values[name]) for name in same),
+    }
+
+
+def _samples(name: str, ours, theirs, double, labels: tuple[str, ...]) -> list[Sample]:
+    order = np.nan_to_num(double.reshape(-1), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    count = min(NUM_SAMPLES, order.size)
+    largest = np.argpartition(-order, count - 1)[:count]
+    apart = np.abs(ours.astype(np.float64) - theirs).reshape(-1)
+    farthest = int(np.argmax(np.where(np.isnan(apart), np.inf, apart)))
+    chosen = {*map(int, largest), farthest}
+    known = labels if double.ndim and double.shape[-1] == len(labels) else ()
+    found = []
+    for flat in sorted(chosen, key=lambda i: (-order[i], i)):
+        at = tuple(map(int, np.unravel_index(flat, double.shape)))
+        label = known[at[-1]] if known else ""
+        found.append(Sample(name, at, label, *(float(x[at]) for x in (ours, theirs, double))))
+    return found
+
+
+def _spread(name: str, ours, theirs, double) -> Spread:
+    errors = [(x.astype(np.float64) - double).reshape(-1) for x in (ours, theirs)]
+    finite = [x[np.isfinite(x)] for x in errors]
+    reach = max((float(np.abs(x).max()) for x in finite if x.size), default=0.0)
+    counts = [
+        np.histogram(x / reach if reach else x, NUM_BINS, range=(-1, 1))[0].tolist() for x in finite
+    ]
+    up, down = map(tuple, counts)
+    return Spread(name, reach, up, down, nonfinite=errors[0].size - finite[0].size)
+
+
+# The report -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -114,8 +229,22 @@ class Report:
     seed: int | None  # of random inputs
     inputs: str  # what both networks saw
     versions: Mapping[str, str]
+    evidence_kind: str = "original"  # or "fingerprint", "published"; "weights" where quantised
+    origin: str = ""  # of the evidence: where it is from, and of when
+    notes: tuple[str, ...] = ()  # what one should know of this verdict
     # How far our images are from the publisher's own, a figure apart: the inputs above are random.
     preprocessing: PreprocessingDifference | None = None
+    samples: tuple[Sample, ...] = ()  # values of the outputs, one by one
+    spreads: tuple[Spread, ...] = ()  # of their errors
+    # Of the published weights.
+    source: str | None = None
+    revision: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)  # file -> of its bytes
+    license: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)  # the machine, besides versions
+    repeat: Mapping[str, str] = field(default_factory=dict)  # "Python", "shell" -> how to run it
+    date: str = ""  # when it ran, and for how long: not in JSON, so that equal runs are equal
+    seconds: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -140,6 +269,15 @@ class Report:
         return self.outputs[0].tolerance
 
     @property
+    def precision(self) -> str:
+        return self.outputs[0].precision if self.outputs else "float32"
+
+    @property
+    def is_printed(self) -> bool:
+        """Whether ours were compared with figures that somebody printed, rounded."""
+        return any(c.printed for c in self.outputs)
+
+    @property
     def first_divergence(self) -> str | None:
         """The first layer, in the order of execution, that is not the same; None if all are."""
         return next((c.name for c in (*self.layers, *self.outputs) if not c.passed), None)
@@ -149,11 +287,35 @@ class Report:
         """The verdict in one line."""
         if self.passed:
             return f"the same network: max |difference| {self.max_abs:.1e}"
+        if not self.outputs:
+            return "nothing was compared"
         worst = next(c for c in (*self.layers, *self.outputs) if not c.passed)
+        if worst.note:
+            return f"first divergence at {worst.name}: {worst.note}"
+        if self.is_printed:
+            return (
+                f"first divergence at {worst.name}: max |difference| {worst.max_abs:.1e} from what "
+                f"was printed, of {worst.scale:.1e}; {worst.bound:.1e} is allowed"
+            )
         return (
             f"first divergence at {worst.name}: max |difference| {worst.max_abs:.1e} of "
             f"{worst.scale:.1e}; against float64 {worst.error:.1e}, PyTorch {worst.torch_error:.1e}"
         )
+
+    @property
+    def rule(self) -> str:
+        """What is allowed."""
+        if self.is_printed:
+            return "allowed is half of the last digit that was printed, and what float32 costs"
+        return (
+            f"tolerance {self.tolerance:.0e} of the largest value and {FACTOR:.0f} times PyTorch's "
+            "own rounding error"
+        )
+
+    @property
+    def worst(self) -> tuple[Comparison, ...]:
+        """The layers and outputs that come nearest to their bounds, or are beyond, worst first."""
+        return tuple(sorted((*self.layers, *self.outputs), key=lambda c: (c.passed, -c.strain)))
 
     def summary(self) -> dict[str, Any]:
         """The verdict and its figures, without the layers."""
@@ -166,11 +328,20 @@ class Report:
             "tolerance": self.tolerance,
             "first_divergence": self.first_divergence,
             "evidence": self.evidence,
+            "evidence_kind": self.evidence_kind,
+            "origin": self.origin,
+            "notes": list(self.notes),
             "device": self.device,
             "seed": self.seed,
             "inputs": self.inputs,
             "versions": dict(self.versions),
             "preprocessing": self.preprocessing and asdict(self.preprocessing),
+            "source": self.source,
+            "revision": self.revision,
+            "sha256_of_source": dict(self.sha256),
+            "license": self.license,
+            "environment": dict(self.environment),
+            "repeat": dict(self.repeat),
         }
 
     def to_json(self) -> str:
@@ -179,13 +350,17 @@ class Report:
             kind: [{**asdict(c), "max_rel": c.max_rel, "passed": c.passed} for c in found]
             for kind, found in (("outputs", self.outputs), ("layers", self.layers))
         }
-        return json.dumps(_plain({**self.summary(), **rows}), indent=2, allow_nan=False)
+        closer = {
+            kind: [asdict(x) for x in found]
+            for kind, found in (("samples", self.samples), ("spreads", self.spreads))
+        }
+        return json.dumps(_plain({**self.summary(), **rows, **closer}), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
-        """The table as a self-contained page."""
-        console = _console(record=True)
-        console.print(self)
-        return console.export_html(inline_styles=True)
+        """Everything, as one self-contained page."""
+        from mlx_zoo.verify.page import page
+
+        return page(self)
 
     def __str__(self) -> str:
         console = _console()
@@ -195,38 +370,61 @@ class Report:
 
     def __rich__(self):
         from rich.console import Group
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"{self.name} against {self.evidence}", title_justify="left")
-        table.add_column("layer, in the order of execution", overflow="fold")
-        for column in ("max |diff|", "relative", "error, ours", "error, torch", ""):
+        shown = self._shown()
+        title = escape(f"{self.name} against {self.evidence}")
+        table = Table(title=title, title_justify="left")
+        what = "layer, in the order of execution" if self.layers else "output"
+        theirs = "half a digit" if self.is_printed else "error, torch"
+        table.add_column(what, overflow="fold")
+        for column in ("max |diff|", "relative", "error, ours", theirs, ""):
             table.add_column(column, justify="right")
-        for c in (*self.layers, *self.outputs):
+        for c in (*shown, *self.outputs):
             figures = [f"{x:.1e}" for x in (c.max_abs, c.max_rel, c.error, c.torch_error)]
-            table.add_row(c.name, *figures, "" if c.passed else "[bold red]differs")
+            table.add_row(escape(c.name), *figures, "" if c.passed else "[bold red]differs")
+        lines: list[Any] = [table]
+        if rest := [c for c in self.layers if c not in shown]:
+            differ = sum(not c.passed for c in rest)
+            differing = f"{differ} differ and " if differ else ""
+            lines.append(
+                f"{len(self.layers)} layers in all; of those not shown {differing}"
+                f"{len(rest) - differ} passed: --html and --json have them"
+            )
         seed = "" if self.seed is None else f", seed {self.seed}"
         verdict = "[bold green]passed[/]" if self.passed else "[bold red]FAILED[/]"
-        return Group(
-            table,
-            f"{verdict}: {self.reason}",
-            f"tolerance {self.tolerance:.0e} of the largest value and {FACTOR:.0f} times PyTorch's "
-            f"own rounding error; {self.inputs}{seed}; on the {self.device}",
-            *([f"preprocessing: {self.preprocessing}"] if self.preprocessing else []),
-        )
+        lines.append(f"{verdict}: {escape(self.reason)}")
+        if self.outputs:
+            lines.append(escape(f"{self.rule}; {self.inputs}{seed}; on the {self.device}"))
+        if self.preprocessing:
+            lines.append(escape(f"preprocessing: {self.preprocessing}"))
+        if self.origin:
+            lines.append(escape(f"evidence: {self.origin}"))
+        lines += [escape(f"note: {note}") for note in self.notes]
+        return Group(*lines)
+
+    def _shown(self) -> list[Comparison]:
+        """The layers worth a line: all of a few; else the worst, and the first that differ."""
+        if len(self.layers) <= SHORT:
+            return list(self.layers)
+        differ = [c for c in self.layers if not c.passed][:NUM_WORST]
+        worst = sorted(self.layers, key=lambda c: c.strain, reverse=True)[:NUM_WORST]
+        return [c for c in self.layers if c in differ or c in worst]
 
 
 def _plain(value: Any) -> Any:
     """`value` without NaN and infinity, which JSON does not have: they become null."""
     if isinstance(value, dict):
         return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(x) for x in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _console(record: bool = False):
+def _console():
     import io
 
     from rich.console import Console
 
-    return Console(file=io.StringIO(), width=100, record=record)
+    return Console(file=io.StringIO(), width=100)
