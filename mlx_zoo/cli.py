@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -25,6 +26,9 @@ from mlx_zoo.describe import Place
 from mlx_zoo.errors import MLXZooError
 from mlx_zoo.hub import cache as store
 from mlx_zoo.mapping import engine
+
+if TYPE_CHECKING:
+    from mlx_zoo.verify.cached import Verdict
 
 
 def console() -> Console:
@@ -224,18 +228,54 @@ def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: 
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @options(NETWORK, PLACE)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--size", type=int, help="Side of the images, or number of tokens.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--html", type=click.Path(path_type=Path), help="Write the report as a page, too.")
+@click.option(
+    "--evidence",
+    type=click.Choice(["original", "fingerprint", "published"]),
+    help="Compare with this alone, not with the best that is at hand.",
+)
+@click.option("--all", "every", is_flag=True, help="With --local: every converted model.")
+@click.option("--local", is_flag=True, help="With --all: what is in the cache, without network.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Write the report as a page, too; with --all, a page each into this folder.",
+)
 @as_json
-def verify(name: str, as_json: bool, device, size, seed, html: Path | None, **chosen: Any) -> None:
+def verify(
+    name: str | None,
+    as_json: bool,
+    device,
+    size,
+    seed,
+    evidence,
+    every: bool,
+    local: bool,
+    html: Path | None,
+    **chosen: Any,
+) -> None:
     """Compare a model with its PyTorch original, layer by layer. Exit status 1 if they differ."""
+    if device == "gpu":  # MLX reads this once, at its first product there
+        os.environ["MLX_ENABLE_TF32"] = "0"
+    if every or local:
+        _check_is_a_sweep(name, every, local, size, chosen)
+        _verify_all(as_json, html, chosen["cache_dir"], device=device, seed=seed, evidence=evidence)
+        return
+    if name is None:
+        raise click.UsageError("Missing argument 'NAME', or --all --local for what is cached.")
     options = load_options(**chosen)
     report = mlx_zoo.verify(
-        name, options.pop("pretrained"), device=device, size=size, seed=seed, **options
+        name,
+        options.pop("pretrained"),
+        device=device,
+        size=size,
+        seed=seed,
+        evidence=evidence,
+        **options,
     )
     if html:
         html.write_text(report.to_html(), encoding="utf-8")
@@ -245,6 +285,80 @@ def verify(name: str, as_json: bool, device, size, seed, html: Path | None, **ch
         console().print(report)
     if not report.passed:
         sys.exit(1)
+
+
+def _check_is_a_sweep(name, every: bool, local: bool, size, chosen: dict[str, Any]) -> None:
+    if not local:
+        count = sum(bool(c.source) for c in registry.checkpoints().values())
+        raise click.UsageError(
+            f"--all alone would download, convert and verify all {count} published models; "
+            "--all --local verifies those in the cache"
+        )
+    said = [f"--{option.replace('_', '-')}" for option, value in chosen.items() if value]
+    said = [option for option in said if option not in ("--cache-dir", "--offline")]
+    said += ["NAME"] * (name is not None) + ["--size"] * (size is not None)
+    if not every or said:
+        reason = f"{', '.join(said)} would be ignored" if said else "--local goes with --all"
+        raise click.UsageError(f"{reason}: `mlx-zoo verify --all --local` takes what is cached")
+
+
+def _verify_all(as_json: bool, html: Path | None, cache_dir: Path | None, **how: Any) -> None:
+    """A table of what is cached. Exit status 1 unless there is something, and all of it passed."""
+    from mlx_zoo.verify import sweep
+
+    found: list[Verdict] = []
+    stopped = False
+    if html:
+        html.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status("") as status:
+
+        def begin(name: str) -> None:
+            status.update(f"{len(found)} done, now {name}")
+
+        try:
+            for verdict in sweep(cache_dir, begin=begin, **how):
+                found.append(verdict)
+                if html and verdict.report:
+                    page = html / f"{verdict.path.name}.html"
+                    page.write_text(verdict.report.to_html(), encoding="utf-8")
+        except KeyboardInterrupt:
+            stopped = True
+    passed = sum(verdict.passed for verdict in found)
+    if as_json:
+        rows = [verdict.to_json() for verdict in found]
+        show({"passed": passed, "of": len(rows), "interrupted": stopped, "verdicts": rows})
+    else:
+        console().print(_verdicts(found))
+        there = f"{passed} of {len(found)} passed" if found else "nothing is cached"
+        stop = "; interrupted: the others were not verified" if stopped else ""
+        click.echo(f"{there} in {store.cache_root(cache_dir)}{stop}")
+    if stopped:
+        sys.exit(130)
+    if not found or passed < len(found):
+        sys.exit(1)
+
+
+def _verdicts(found: Sequence[Verdict]) -> Table:
+    """One row for each entry that was verified, and why where it did not pass."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "source", "dtype", "verdict"):
+        table.add_column(column, overflow="fold")
+    for column in ("max |diff|", "x torch"):
+        table.add_column(column, justify="right")
+    table.add_column("evidence, or why not", overflow="fold")
+    table.add_column("s", justify="right")
+    for verdict in found:
+        row = verdict.to_json()
+        biggest, times = row["max_abs"], row["times_pytorch"]
+        table.add_row(
+            *(Text(row[key]) for key in ("name", "source", "dtype")),
+            Text(row["verdict"], style="green" if verdict.passed else "bold red"),
+            "-" if biggest is None else f"{biggest:.1e}",
+            "-" if times is None else f"{times:.2f}",
+            Text(row["evidence"] if verdict.passed else verdict.reason),
+            f"{verdict.seconds:.1f}",
+        )
+    return table
 
 
 @main.command()
@@ -466,6 +580,29 @@ def cache_prune(cache_dir: Path | None, days: float | None, as_json: bool) -> No
         show(removed)
     else:
         click.echo("\n".join([*removed, f"{len(removed)} removed"]))
+
+
+@main.command()
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--only", metavar="PATTERN", help="Of operations: 'conv*'.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--markdown", is_flag=True, help="Tables in Markdown, as in CONFORMANCE.md.")
+@as_json
+def conformance(as_json: bool, markdown: bool, device, only, seed) -> None:
+    """Compare MLX's operations with PyTorch's. Exit status 1 if one differs and is not known to."""
+    os.environ["MLX_ENABLE_TF32"] = "0"  # MLX reads this once, at its first product on the GPU
+    from mlx_zoo.verify.conformance import run
+
+    with Console(stderr=True).status("") as status:  # a GPU compiles its kernels: minutes
+        report = run(device, only, seed, begin=lambda name: status.update(f"now {name}"))
+    if as_json:
+        click.echo(report.to_json())
+    elif markdown:
+        click.echo(report.to_markdown())
+    else:
+        console().print(report)
+    if not report.passed:
+        sys.exit(1)
 
 
 @main.command()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mlx_zoo.errors import (
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.hub.fetch import Fetched, fetch_files, fetch_weights, resolve_revision
+from mlx_zoo.hub.keeping import cannot_keep
 from mlx_zoo.hub.source import DirectorySource, HubSource, Source, UrlSource
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.spec import Spec
@@ -161,7 +163,7 @@ def _convert(key: str, origin: Origin, request: Request, place: Place) -> Conver
     try:
         entry = cache.store(place.root, checkpoint.name, key, weights, manifest)
     except OSError as error:
-        warn_once(f"converted weights cannot be kept in {place.root}: {error}")
+        cannot_keep(place.root, error)
         entry = None
     return Converted(weights, config, checkpoint, quantization, entry)
 
@@ -276,7 +278,36 @@ def _map(
             continue
         return _cast(weights, request), wish, dialect
     assert failure is not None
+    random: Any = mx.random.state
+    high, low = random[0].tolist()
+    same = _variants_of(state, request)
+    mx.random.seed(high << 32 | low)  # as before: that networks were outlined, none must notice
+    if same:
+        remedy = f"these are the tensors of {', '.join(same)}, which load({same[0]!r}, ...) reads"
+        raise MappingError(f"{failure.message}; {remedy}", failure.problems) from failure
     raise failure
+
+
+def _variants_of(state: Mapping[str, mx.array], request: Request) -> list[str]:
+    """Other variants of the architecture, at most three, that the tensors fill but for a head."""
+    architecture, checkpoint = request.architecture, request.checkpoint
+    outline = {name: mx.broadcast_to(mx.array(0.0), x.shape) for name, x in state.items()}
+
+    def body(config: Any) -> Any:
+        return architecture.fit(architecture.without_head(config), frozenset(state))
+
+    @once
+    def fits(config: Any) -> bool:
+        spec = architecture.spec(dialect, config)
+        return not engine.mismatches(outline, architecture.model(config), spec)
+
+    own = body(request.config)
+    candidates = _candidates(own, architecture, checkpoint)
+    dialect = _nearest(state, architecture.model(own), candidates)
+    if fits(own):  # something else is wrong: a type, a head
+        return []
+    variants = architecture.variants.items()
+    return list(islice((name for name, config in variants if fits(body(config))), 3))
 
 
 def _cast(weights: Mapping[str, mx.array], request: Request) -> Mapping[str, mx.array]:
@@ -297,11 +328,7 @@ def choose_dialect(
 
     Raises MappingError: with the nearest miss where there is none, with all where there are two.
     """
-    candidates: dict[str, Spec] = {}
-    for name in architecture.dialects:
-        publisher = name.partition(",")[0]
-        if checkpoint.dialect in (None, name, publisher):
-            candidates[name] = architecture.spec(name, model.config)
+    candidates = _candidates(model.config, architecture, checkpoint)
     misses = {name: engine.mismatches(state, model, spec) for name, spec in candidates.items()}
     fitting: dict[tuple[engine.Link, ...], str] = {}
     for name, problems in misses.items():
@@ -312,11 +339,24 @@ def choose_dialect(
     if fitting:
         several = "; ".join(fitting.values())
         raise MappingError(f"{checkpoint.source} fits several dialects: {several}")
-    nearest = max(candidates, key=lambda name: _num_known(state, model, candidates[name]))
+    nearest = _nearest(state, model, candidates)
     raise MappingError(
         f"{checkpoint.source} does not fit {checkpoint.name} (as {nearest} writes it)",
         misses[nearest],
     )
+
+
+def _candidates(config: Any, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Spec]:
+    """The dialects that the weights may have, as far as the checkpoint says."""
+    return {
+        name: architecture.spec(name, config)
+        for name in architecture.dialects
+        if checkpoint.dialect in (None, name, name.partition(",")[0])
+    }
+
+
+def _nearest(state: Mapping[str, mx.array], model: nn.Module, candidates: dict[str, Spec]) -> str:
+    return max(candidates, key=lambda name: _num_known(state, model, candidates[name]))
 
 
 def _num_known(state: Mapping[str, mx.array], model: nn.Module, spec: Spec) -> int:
@@ -381,7 +421,7 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
         cache.quarantine(place.root, entry.path, error)
         return None
     except OSError:
-        log.info("%s was removed just now; it is converted again", entry.path)
+        log.info("%s was removed or replaced just now; it is converted again", entry.path)
         return None
     _check_finite(entry.manifest.get("nonfinite"), request)
     return found

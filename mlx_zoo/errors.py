@@ -22,6 +22,7 @@ class MappingError(MLXZooError):
     """A checkpoint and a network do not cover each other exactly. `problems` lists every reason."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()):
+        self.message = message
         self.problems = problems
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__("\n  ".join([f"{message}: {count}", *problems]) if problems else message)

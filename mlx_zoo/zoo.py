@@ -6,12 +6,11 @@ read, mapped and kept. `convert` and `export` are the same road, to a folder and
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from mlx_zoo.converting import (
     manifest_of,
     network,
     no_head,
-    warn_once,
 )
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, VerificationError
@@ -233,7 +231,24 @@ def _network(found: Converted, request: Request) -> nn.Module:
         ) from error
     model.checkpoint = found.checkpoint
     model.quantization = found.quantization
+    model.entry = found.entry  # what is known of these weights is kept there
     return _ready(model)
+
+
+def of_entry(entry: cache.Entry, place: Place) -> nn.Module:
+    """The network that an entry of the cache, or a converted folder, holds.
+
+    Raises OSError and MLXZooError where it is damaged.
+    """
+    cache.check(entry)
+    checkpoint, config = describe.from_json(entry.manifest)
+    said = entry.manifest.get("quantization")
+    how = None if said is None else config_from(quantization.Quantization, said)
+    found = Converted(cache.read_weights(entry), config, checkpoint, how, entry)
+    architecture = registry.architectures()[checkpoint.architecture]
+    model = _network(found, Request(checkpoint, architecture, config))
+    model.place = place
+    return model
 
 
 def _adapted(model: nn.Module, request: Request) -> nn.Module:
@@ -273,23 +288,11 @@ def _ready(model: nn.Module) -> nn.Module:
 
 def _verify_once(model: nn.Module, found: Converted, place: Place) -> None:
     """Compare with the PyTorch original unless that was done before for these very weights."""
-    from mlx_zoo.verify import verify
+    from mlx_zoo.verify import stored, verify
 
-    entry = found.entry
-    done = (entry.verification if entry else None) or {}
-    this = {"config": json.loads(json.dumps(asdict(model.config))), "dtype": str(kind_of(model))}
-    if (
-        entry
-        and done.get("passed")
-        and {"sha256": entry.manifest["sha256"], **this}.items() <= done.items()
-    ):
+    if found.entry and stored.verified_here(model, found.entry):
         return
     report = verify(model, cache_dir=place.cache_dir, local_files_only=place.local_files_only)
-    if entry:
-        try:
-            cache.stamp(entry, {**report.summary(), **this})
-        except OSError as error:
-            warn_once(f"the verification cannot be kept in {entry.path}: {error}")
     if not report.passed:
         raise VerificationError(
             f"{found.checkpoint.name} does not compute what its original computes: {report.reason}",
@@ -313,12 +316,15 @@ def convert(
         path: a folder that does not exist yet, or is empty.
 
     Returns:
-        The folder: model.safetensors in MLX's layout, manifest.json with its provenance, and the
-        tokenizer's files where there are any.
+        The folder: model.safetensors in MLX's layout, manifest.json with its provenance, the
+        tokenizer's files where there are any, and where the weights were verified the report with
+        the original's fingerprint, by which another machine verifies them without PyTorch.
 
     Raises:
         As `load`; ValueError where the folder has something in it.
     """
+    from mlx_zoo.verify import stored
+
     if pretrained is False:
         raise ValueError("pretrained=False: random weights are not converted")
     folder = Path(path).expanduser()
@@ -345,6 +351,7 @@ def convert(
     work = cache.working_folder(folder.parent)
     try:
         cache.write_folder(work, weights, manifest)
+        stored.carry(model, work)
         for own_name, file in describe.companions(checkpoint, architecture, place).items():
             (work / own_name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, work / own_name)

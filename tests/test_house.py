@@ -62,6 +62,8 @@ ARROWS = {
         "hub",
         "mapping",
         "preprocess",
+        "backend",
+        "models",  # what operations they use
     ),
     "tasks": ("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub"),
 }
@@ -263,6 +265,7 @@ def moves(tree):
 def test_axes_of_weights_move_in_the_layout_alone():
     found = {module for module, tree in TREES.items() if moves(tree)}
     allowed = {"mlx_zoo.mapping.layout", "mlx_zoo.verify.reference"}  # the latter: input images
+    allowed |= {"mlx_zoo.verify.operations", "mlx_zoo.verify.conformance"}  # it is their subject
     assert "mlx_zoo.mapping.layout" in found
     assert {name for name in found if place(name) != "models"} <= allowed
 
@@ -396,5 +399,5 @@ def test_every_command_is_listed_here():
     from mlx_zoo.cli import main
 
     known = {words[0] for words in cli_commands().values()}
-    originals = {"verify", "benchmark", "demo"}
+    originals = {"verify", "conformance", "benchmark", "demo"}
     assert set(main.commands) - originals == known

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_zoo.errors import CheckpointError, UnsafeCheckpoint
 from mlx_zoo.hub.safetensors_header import Header, read_header, strict_json
-from mlx_zoo.hub.torch_checkpoint import looks_like, read_tensors, strip_prefixes
+from mlx_zoo.hub.torch_checkpoint import looks_like, other_kind, read_tensors, strip_prefixes
 
 MAX_INDEX = 64 << 20  # bytes
 SHARD_SUFFIXES = (".safetensors", ".bin")
@@ -89,7 +89,8 @@ def _read_file(path: Path) -> dict[str, mx.array]:
         return _load_safetensors(path, header)
     if kind in ("a zip archive", "a pickle", "a tar archive"):
         return read_tensors(path)
-    raise CheckpointError(f"{path}: is not a checkpoint: it looks like {kind}")
+    error = other_kind(kind)
+    raise type(error)(f"{path}: {error}")
 
 
 def _load_safetensors(path: Path, header: Header) -> dict[str, mx.array]:

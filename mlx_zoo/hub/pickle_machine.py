@@ -22,6 +22,7 @@ import numpy as np
 from mlx_zoo.errors import CheckpointError, UnsafeCheckpoint, UnsupportedFormat
 
 MAX_OPCODES = 1_000_000  # ten thousand tensors take about 400,000
+MAX_PROTOCOL = 5
 MAX_STRING = 1 << 20  # bytes
 MAX_INTEGER = 16  # bytes; torch's magic number has 10
 MAX_LINE = 512  # bytes of a text opcode's argument
@@ -98,6 +99,17 @@ SYMBOLS = {
         "torch.Size",
         *(f"torch.{storage}" for storage in STORAGE_DTYPES),
     )
+}
+
+
+# Tensors of a kind that is not read: honest ones, so the error is not that of a gadget.
+OTHER_TENSORS = {
+    "torch._utils._rebuild_tensor_v3": "of a type that MLX lacks or torch rarely writes (float8?)",
+    "torch.ComplexFloatStorage": "complex",
+    "torch.ComplexDoubleStorage": "complex",
+    "torch._utils._rebuild_qtensor": "quantised by torch",
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_meta_tensor_no_storage": "without values (on the meta device)",
 }
 
 
@@ -206,7 +218,7 @@ class Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each MARK
         self.memo: dict[int, Any] = {}
-        start = self.position
+        self.frame_end = start = self.position
         try:
             for _ in range(MAX_OPCODES):
                 start = self.position
@@ -231,8 +243,8 @@ class Machine:
 
     def take(self, size: int) -> bytes:
         taken = self.data[self.position : self.position + size]
-        if len(taken) < size:
-            raise IndexError
+        if len(taken) < size or self.position < self.frame_end < self.position + size:
+            raise IndexError  # the end of the data, or of a frame
         self.position += size
         return taken
 
@@ -255,9 +267,7 @@ class Machine:
 
     def line(self) -> str:
         end = self.data.index(b"\n", self.position, self.position + MAX_LINE)
-        line = self.take(end - self.position)
-        self.position += 1
-        return line.decode()
+        return self.take(end + 1 - self.position)[:-1].decode()
 
     def int_line(self) -> int | bool:
         text = self.line()
@@ -292,7 +302,19 @@ class Machine:
         items, self.stack = self.stack, self.marked.pop()
         return items
 
+    def protocol(self) -> None:
+        if (number := self.unsigned(1)) > MAX_PROTOCOL:
+            raise CheckpointError(f"a pickle of protocol {number}, which does not exist")
+
+    def frame(self) -> None:
+        size = self.unsigned(8)
+        if self.position < self.frame_end or size > len(self.data) - self.position:
+            raise IndexError  # a frame within a frame, or one that is cut short
+        self.frame_end = self.position + size
+
     def put(self, index: int) -> None:
+        if not 0 <= index < MAX_OPCODES:
+            raise UnsafeCheckpoint(f"place {short_repr(index)} of the pickle's memo")
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
@@ -319,6 +341,11 @@ class Machine:
         if type(module) is not str or type(name) is not str:
             raise UnsafeCheckpoint("a global that is not named by strings")
         full_name = f"{module}.{name}"
+        if full_name in OTHER_TENSORS:
+            raise UnsupportedFormat(
+                f"holds tensors that are {OTHER_TENSORS[full_name]}; "
+                "make them plain floats in torch (`tensor.float()`) and save again"
+            )
         # With a dot in `name`, it is an attribute of something else that spells the same.
         if full_name not in SYMBOLS or "." in name:
             raise UnsafeCheckpoint(
@@ -361,8 +388,8 @@ class Machine:
 STOP = ord(".")
 # Protocol 2 is what torch.save writes; the rest is read so that a gadget can be named.
 OPCODES: dict[int, Callable[[Machine], object]] = {
-    0x80: lambda m: m.take(1),  # PROTO
-    0x95: lambda m: m.take(8),  # FRAME
+    0x80: Machine.protocol,
+    0x95: Machine.frame,
     # Constants
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),

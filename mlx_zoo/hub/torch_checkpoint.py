@@ -12,6 +12,7 @@ Source: torch/serialization.py (`_save`, `_legacy_save`).
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,7 +33,7 @@ from mlx_zoo.hub.pickle_machine import (
 from mlx_zoo.hub.zip_archive import Region, central_directory, member_regions, read_region
 
 MAX_PICKLE = 32 << 20  # bytes
-MAX_EXPANDED = 256 << 20  # bytes that expanded tensors may take, over four times the file's own
+MAX_EXPANDED = 16 << 20  # bytes that expanded tensors may take, over three times the file's own
 
 # What a training script may nest its state dict under, in the order of preference. Averaged
 # weights come last: timm, too, takes them only when asked.
@@ -135,6 +136,7 @@ def _some(names: Iterable[object]) -> str:
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_VERSION = 1001
+MAX_VERSION = 10  # of a zip; torch/include/caffe2/serialize/versions.h
 
 
 class Archive(NamedTuple):
@@ -147,14 +149,22 @@ class Archive(NamedTuple):
 def _read_zip(file: io.BufferedReader, size: int) -> Archive:
     """`<root>/data.pkl`, and `<root>/data/<key>` for each storage, where root is any folder."""
     members, directory_start = central_directory(file, size)
+    if members and all(m.name.endswith(b".npy") for m in members):
+        raise other_kind("a NumPy archive")
     if any(b"/code/" in m.name or m.name.endswith(b"/constants.pkl") for m in members):
         raise UnsupportedFormat(
             f"is a TorchScript archive, a program (`torch.jit.load` reads it): {HOW_TO_CONVERT}"
         )
+    if any(m.name.endswith(b"/archive_format") for m in members):
+        raise UnsupportedFormat(
+            f"is an archive of torch.export, a program (`torch.export.load` reads it): "
+            f"{HOW_TO_CONVERT}"
+        )
     regions = member_regions(file, members, directory_start)
     root = _archive_root(regions)
     _check_byte_order(file, regions.get(f"{root}/byteorder"))
-    _check_version(file, regions.get(f"{root}/version") or regions.get(f"{root}/.data/version"))
+    _check_version(file, regions.get(f"{root}/.data/version") or regions.get(f"{root}/version"))
+    _check_notes(file, regions, root)
 
     pickle = regions[f"{root}/data.pkl"]
     if pickle.num_bytes > MAX_PICKLE:
@@ -197,8 +207,21 @@ def _check_byte_order(file: io.BufferedReader, region: Region | None) -> None:
 
 
 def _check_version(file: io.BufferedReader, region: Region | None) -> None:
-    if region is None or not _read_small(file, region, "version").strip().isdigit():
+    text = _read_small(file, region, "version").strip() if region else b""
+    if not text.isdigit():
         raise CheckpointError("the archive does not say which version of torch's format it has")
+    if not 1 <= int(text) <= MAX_VERSION:
+        raise UnsupportedFormat(f"has version {int(text)} of torch's format: {HOW_TO_CONVERT}")
+
+
+def _check_notes(file: io.BufferedReader, regions: Mapping[str, Region], root: str) -> None:
+    """What torch reads, too, and fails on: no tensor depends on it."""
+    alignment = regions.get(f"{root}/.storage_alignment")
+    if alignment and not _read_small(file, alignment, "storage_alignment").isdigit():
+        raise CheckpointError("the alignment of the storages is not a number")
+    identity = regions.get(f"{root}/.data/serialization_id")
+    if identity and not _read_small(file, identity, "serialization_id").isascii():
+        raise CheckpointError("the archive's own id is not text")
 
 
 def _read_small(file: io.BufferedReader, region: Region, what: str) -> bytes:
@@ -260,6 +283,20 @@ SIGNATURES = (  # in lower case
     (b"\x89hdf", "an HDF5 file"),
     (b"\x93numpy", "a NumPy file"),
 )
+# Whose weights are in the files of other frameworks.
+FOREIGN = {
+    "a GGUF file": "llama.cpp",
+    "an HDF5 file": "Keras or TensorFlow",
+    "a NumPy file": "NumPy",
+    "a NumPy archive": "NumPy, JAX or MLX",
+    "a MessagePack file": "Flax",
+    "a protocol buffer": "ONNX or TensorFlow",
+}
+
+
+MESSAGE_PACK = re.compile(rb"([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9)[\w.]", re.DOTALL)
+# Field 1, a version below 32, then another: ONNX's ModelProto, TensorFlow's SavedModel.
+PROTOCOL_BUFFER = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]")
 
 
 def looks_like(first_bytes: bytes) -> str:
@@ -274,10 +311,26 @@ def looks_like(first_bytes: bytes) -> str:
     for signature, kind in SIGNATURES:
         if text.startswith(signature):
             return kind
+    # A map of 1 to 15 pairs, or of up to 65,535, whose first key is a string.
+    if MESSAGE_PACK.match(first_bytes):
+        return "a MessagePack file"
+    if PROTOCOL_BUFFER.match(first_bytes):
+        return "a protocol buffer"
     # Protocol 2 and later start with PROTO; before, with one of these opcodes.
     if first_bytes[0] == 0x80 or (first_bytes[0] in b"(]}cINVLF" and b"\n" in first_bytes[:512]):
         return "a pickle"
     return f"something else: it starts with {first_bytes[:8]!r}"
+
+
+def other_kind(kind: str) -> CheckpointError:
+    """The error for a file of a kind that `looks_like` names and nobody here reads."""
+    if kind in FOREIGN:
+        return UnsupportedFormat(
+            f"is {kind}, of {FOREIGN[kind]}: take the .safetensors or .bin file of the same "
+            "network, or load this one in its own framework and save its tensors, by PyTorch's "
+            "names and in PyTorch's layout, with `safetensors.numpy.save_file`"
+        )
+    return CheckpointError(f"is not a checkpoint: it looks like {kind}")
 
 
 def _check_first_bytes(data: bytes) -> None:
@@ -285,7 +338,7 @@ def _check_first_bytes(data: bytes) -> None:
     if kind == "a tar archive":
         raise UnsupportedFormat(f"is a tar archive, as torch < 0.2 wrote: {HOW_TO_CONVERT}")
     if kind != "a pickle":
-        raise CheckpointError(f"is not a PyTorch checkpoint: it looks like {kind}")
+        raise other_kind(kind)
 
 
 # --- Reading storages -----------------------------------------------------------------------------
@@ -294,7 +347,7 @@ def _check_first_bytes(data: bytes) -> None:
 def _check_total(tensors: Mapping[str, TensorRef], file_size: int) -> None:
     """Refuse to allocate more than a file of that size can honestly ask for, by expanding."""
     total = sum(ref.num_bytes for ref in set(tensors.values()))
-    if total > 4 * file_size + MAX_EXPANDED:
+    if total > 3 * file_size + MAX_EXPANDED:  # and one storage, while it is read
         raise UnsafeCheckpoint(f"a file of {file_size} bytes asks for {total} bytes of tensors")
 
 

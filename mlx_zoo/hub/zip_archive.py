@@ -30,6 +30,7 @@ END_LOCATOR64 = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQ2H2I4Q")
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "the real figure is in the zip64 field"
 HAS_DESCRIPTOR, UTF8 = 0x8, 0x800
+FOLDER = 0x10  # an attribute of MS-DOS: torch reads nothing of such a member, and returns memory
 
 
 class Member(NamedTuple):
@@ -40,7 +41,7 @@ class Member(NamedTuple):
     crc: int
     size: int
     header_start: int
-    is_stored: bool  # neither compressed nor encrypted
+    is_stored: bool  # neither compressed nor encrypted, nor a folder
 
 
 class Region(NamedTuple):
@@ -93,15 +94,19 @@ def central_directory(file: io.BufferedReader, size: int) -> tuple[list[Member],
 def _find_directory(file: io.BufferedReader, size: int) -> tuple[int, int, int]:
     """The directory's start, bytes and members; only its end records may lie behind it."""
     end_start = size - END.size
-    signature, _, _, _, count, directory_size, start, comment = _unpack(file, end_start, END)
+    signature, *disks, here, count, directory_size, start, comment = _unpack(file, end_start, END)
     if signature != b"PK\5\6" or comment:
         raise CheckpointError("truncated: a zip archive without its directory at the end")
+    _check_one_disk(disks, here, count)
     locator_start = end_start - END_LOCATOR64.size
-    signature, _, end64_start, _ = _unpack(file, locator_start, END_LOCATOR64)
+    signature, disk, end64_start, num_disks = _unpack(file, locator_start, END_LOCATOR64)
     if signature == b"PK\6\7":  # torch always writes it; figures that fit are in both
-        if end64_start + END64.size != locator_start:
+        if end64_start + END64.size != locator_start or disk or num_disks != 1:
             raise CheckpointError("the zip64 directory is not where it should be")
-        signature, *_, count64, size64, start64 = _unpack(file, end64_start, END64)
+        signature, *_, disk, other, here, count64, size64, start64 = _unpack(
+            file, end64_start, END64
+        )
+        _check_one_disk([disk, other], here, count64)
         agrees = count in (count64, FULL16) and directory_size in (size64, FULL32)
         if signature != b"PK\6\6" or not agrees or start not in (start64, FULL32):
             raise CheckpointError("the zip directory and the zip64 directory disagree")
@@ -111,11 +116,16 @@ def _find_directory(file: io.BufferedReader, size: int) -> tuple[int, int, int]:
     return start, directory_size, count
 
 
+def _check_one_disk(disks: list[int], here: int, count: int) -> None:
+    if any(disks) or here != count:
+        raise CheckpointError("a zip archive on several disks")
+
+
 def _central_entry(directory: bytes, position: int) -> tuple[Member, int]:
     """The member described at `position` of the directory, and the position of the next."""
     fields = CENTRAL_HEADER.unpack_from(directory, position)
     signature, _, _, flags, method, _, _, crc, packed, size = fields[:10]
-    name_size, extra_size, comment_size, disk, _, _, header_start = fields[10:]
+    name_size, extra_size, comment_size, disk, _, attributes, header_start = fields[10:]
     if signature != b"PK\1\2" or disk or extra_size > MAX_EXTRA:
         raise CheckpointError("the zip directory is malformed")
 
@@ -126,6 +136,7 @@ def _central_entry(directory: bytes, position: int) -> tuple[Member, int]:
     extra = directory[extra_start:comment_start]
     size, packed, header_start = _zip64((size, packed, header_start), extra)
     stored = method == 0 and size == packed and not flags & ~(HAS_DESCRIPTOR | UTF8)
+    stored = stored and not attributes & FOLDER
     return Member(name, flags, crc, size, header_start, stored), comment_start + comment_size
 
 
@@ -151,6 +162,8 @@ def _zip64(values: tuple[int, ...], extra: bytes) -> list[int]:
 def member_regions(file: io.BufferedReader, members: list[Member], end: int) -> dict[str, Region]:
     """Where each member's bytes lie, before `end`; local headers agree, and nothing overlaps.
 
+    Names are in lower case: torch finds a member by either.
+
     Raises UnsafeCheckpoint for a name that is a path out of the archive, CheckpointError else.
     """
     regions: dict[str, Region] = {}
@@ -162,7 +175,7 @@ def member_regions(file: io.BufferedReader, members: list[Member], end: int) -> 
         if name in regions:
             raise CheckpointError(f"{name[:100]!r} occurs twice in the archive")
         if not member.is_stored:
-            raise CheckpointError(f"{name[:100]!r} is compressed or encrypted; torch does neither")
+            raise CheckpointError(f"{name[:100]!r} is compressed or encrypted, or a folder")
         if member.header_start + member.size > end:  # before seeking there
             raise CheckpointError(f"{name[:100]!r} reaches out of the archive")
         regions[name], position = _local_region(file, member)
@@ -173,7 +186,7 @@ def member_regions(file: io.BufferedReader, members: list[Member], end: int) -> 
 
 def _member_name(member: Member) -> str:
     try:
-        name = member.name.decode()
+        name = member.name.lower().decode()  # of ASCII's letters alone
     except UnicodeDecodeError as error:
         raise CheckpointError(f"a member's name is not UTF-8: {member.name[:100]!r}") from error
     parts = name.split("/")

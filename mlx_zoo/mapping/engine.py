@@ -41,6 +41,7 @@ class Link:
     shapes: tuple[tuple[int, ...], ...]  # ours, one for each target
     axes: tuple[int, ...]  # upstream's axes in our order
     in_out: bool  # stored (in, out)
+    is_table: bool = False  # of an embedding, a row for each entry
 
     @property
     def upstream_shape(self) -> tuple[int, ...]:
@@ -124,9 +125,11 @@ def links(model: nn.Module, spec: Spec) -> tuple[Link, ...]:
             names = ", ".join(name for _, name, *_ in found)
             raise MappingError(f"the spec fills {names} from one tensor, {source}")
         _, first, parameter, in_out = found[0]
-        axes = axes_of(modules[_split(first)[0]], parameter.ndim)
+        layer = modules[_split(first)[0]]
+        axes, is_table = axes_of(layer, parameter.ndim), isinstance(layer, nn.Embedding)
         shapes = tuple(tuple(parameter.shape) for _, _, parameter, _ in found)
-        table.append(Link(source, tuple(name for _, name, *_ in found), shapes, axes, in_out))
+        targets = tuple(name for _, name, *_ in found)
+        table.append(Link(source, targets, shapes, axes, in_out, is_table))
     return tuple(table)
 
 
@@ -173,7 +176,7 @@ def _pattern(template: str) -> tuple[re.Pattern[str], tuple[tuple[str, int], ...
         (n, int(add or 0)) for n, add in re.findall(r"\{(\w+?)(?:\+(\d+))?\}", template)
     )
     pieces = re.split(r"\{\w+?(?:\+\d+)?\}", template)
-    return re.compile(r"(\d+)".join(map(re.escape, pieces))), numbers
+    return re.compile("([0-9]+)".join(map(re.escape, pieces))), numbers
 
 
 def _match(template: str, name: str) -> dict[str, int] | None:
@@ -277,7 +280,7 @@ def _cover(
         if twin in expected and twin not in present:
             present[twin] = present.pop(source)
 
-    unexpected = [s for s in present if s not in expected and not _may_drop(s, spec)]
+    unexpected = [s for s in present if s not in expected and not _may_drop(s, expected, spec)]
     missing = [s for s in expected if s not in present]
     problems += [f"no home for {names}" for names in collapse(unexpected)]
     problems += [f"nothing fills {names}" for names in collapse(missing, _naming(expected))]
@@ -289,11 +292,16 @@ def _cover(
     problems += [f"{names} {what}" for what, found in misfits.items() for names in collapse(found)]
     for source in _unequal_twins(present, spec):
         problems.append(f"{source} differs from {_twin(source, spec)}, to which it is tied")
+    for source, twin in spec.spare.items():
+        filled = expected.get(twin)
+        if filled and source in present and tuple(present[source].shape) != filled.upstream_shape:
+            problems.append(f"{source} has another shape than {twin}, for which it may stand")
     return {s: x for s, x in present.items() if s in expected}, problems
 
 
-def _may_drop(source: str, spec: Spec) -> bool:
-    if _twin(source, spec) is not None or source in spec.spare:
+def _may_drop(source: str, expected: Mapping[str, Link], spec: Spec) -> bool:
+    # Of a tied layer, only what its twin has: the bias of a head may be nobody's.
+    if source in spec.tied or source in spec.spare or _twin(source, spec) in expected:
         return True
     return any(fnmatchcase(source, p) or _match(p, source) is not None for p in spec.drop)
 
@@ -318,10 +326,14 @@ def _misfits(x: mx.array, link: Link) -> Iterator[str]:
     cause = "another variant?"
     if len(shape) == len(wanted):
         differing = [i for i, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
-        if differing == [0]:
+        if differing == [0] and link.is_table:
+            cause = "another vocabulary or number of positions, or another variant?"
+        elif differing == [0]:
             cause = "another num_classes, or another variant?"
         elif differing == [1] and len(shape) == 4:
             cause = "another in_chans, or another variant?"
+        elif differing == [1] and len(shape) == 3:  # position embeddings, (1, N, D)
+            cause = "another img_size, or another variant?"
     yield f"has shape {shape}, the network needs {wanted}: {cause}"
 
 

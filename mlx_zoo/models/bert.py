@@ -20,6 +20,7 @@ from mlx_zoo.models.layers import (
     causal,
     check_choice,
     check_count,
+    check_integers,
     check_range,
     check_same_shape,
     check_tokens,
@@ -210,10 +211,13 @@ class Bert(nn.Module):
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None) -> mx.array:
         """The last hidden state, (B, N, D)."""
+        input_ids = as_array(input_ids, "input_ids")
         check_tokens(input_ids, self.config.vocab_size, self.config.max_positions)
         if token_type_ids is None:
             token_type_ids = mx.zeros_like(input_ids)
+        token_type_ids = as_array(token_type_ids, "token_type_ids")
         check_same_shape(token_type_ids, input_ids, "token_type_ids")
+        check_integers(token_type_ids, "token_type_ids")
         check_range(token_type_ids, self.config.type_vocab_size, "token type")
         x = self.word_embed(input_ids) + self.token_type_embed(token_type_ids)
         x = x + self.position_embed(mx.arange(input_ids.shape[1]))
@@ -229,6 +233,7 @@ class Bert(nn.Module):
         N = input_ids.shape[1]
         seen = causal(N, N) if self.config.causal else None
         if attention_mask is not None:
+            attention_mask = as_array(attention_mask, "attention_mask")
             check_same_shape(attention_mask, input_ids, "attention_mask")
             keys = (attention_mask != 0)[:, None, None, :]
             seen = keys if seen is None else seen & keys

@@ -202,16 +202,8 @@ class GPT2(nn.Module):
         left counts for no position. Raises ValueError where a token's id or position is none that
         the network has, or the cache is of other rows; nothing is written to it then.
         """
-        input_ids = as_array(input_ids, "input_ids")
         if attention_mask is not None:
             attention_mask = as_array(attention_mask, "attention_mask")
-            check_same_shape(attention_mask, input_ids, "attention_mask")
-        if cache is not None and cache.config != self.config:
-            raise ValueError("this cache is of a network with another config")
-        past = cache.length if cache else 0
-        check_tokens(input_ids, self.config.vocab_size, self.config.max_positions, past)
-        if cache is not None:
-            cache.check_rows(input_ids.shape[0])
         x = self.encode(input_ids, attention_mask, cache)
         match self.config.task:
             case "text-generation":
@@ -223,7 +215,23 @@ class GPT2(nn.Module):
         return x
 
     def encode(self, input_ids, attention_mask=None, cache: KVCache | None = None) -> mx.array:
-        """The last hidden state, (B, N, D). Nothing is checked: generated tokens need no look.
+        """The last hidden state, (B, N, D)."""
+        input_ids = as_array(input_ids, "input_ids")
+        if attention_mask is not None:
+            attention_mask = as_array(attention_mask, "attention_mask")
+            check_same_shape(attention_mask, input_ids, "attention_mask")
+        if cache is not None and not isinstance(cache, KVCache):
+            raise ValueError(f"cache: {type(cache).__name__} is none; model.make_cache() makes one")
+        if cache is not None and cache.config != self.config:
+            raise ValueError("this cache is of a network with another config")
+        past = cache.length if cache else 0
+        check_tokens(input_ids, self.config.vocab_size, self.config.max_positions, past)
+        if cache is not None:
+            cache.check_rows(input_ids.shape[0])
+        return self._encode(input_ids, attention_mask, cache)
+
+    def _encode(self, input_ids, attention_mask, cache: KVCache | None) -> mx.array:
+        """As `encode`. Nothing is checked: generated tokens need no look.
 
         A row without a position left, whose text has ended, may go on for its neighbours' sake.
         """
@@ -248,7 +256,7 @@ class GPT2(nn.Module):
 
     def next_logits(self, input_ids, attention_mask=None, cache=None) -> mx.array:
         """Logits (B, vocab) of the token that follows the last one; nothing is checked."""
-        return self.predict(self.encode(input_ids, attention_mask, cache)[:, -1])
+        return self.predict(self._encode(input_ids, attention_mask, cache)[:, -1])
 
     def make_cache(self, capacity: int | None = None) -> KVCache:
         """An empty cache for this network: `KVCache` says what `capacity` is."""

@@ -190,33 +190,59 @@ def other_channels(weight: mx.array, in_chans: int) -> mx.array:
     return repeated[..., :in_chans] * (weight.shape[-1] / in_chans)
 
 
+COLOURS = (1, 3, 4)  # the channels of grey images, RGB and RGBA
+
+
 def as_images(x: Any, channels: int) -> mx.array:
     """`x` as an array, if it is a float batch (B, H, W, channels). Raises ValueError otherwise."""
     x = as_array(x, "images")
     shape = tuple(x.shape)
-    wanted = f"(B, H, W, {channels})"
-    if x.ndim == 3:
-        raise ValueError(f"images of shape {shape}: a batch {wanted} is needed; use images[None]")
     if x.ndim != 4:
-        raise ValueError(f"images of shape {shape}: a batch {wanted} is needed")
-    if x.shape[-1] != channels and x.shape[1] == channels:
         raise ValueError(
-            f"images of shape {shape} look like NCHW, PyTorch's layout; MLX's is NHWC, {wanted}: "
-            "use images.transpose(0, 2, 3, 1)"
+            f"images of shape {shape}: a batch (B, H, W, {channels}) is needed"
+            + _as_batch(shape, channels)
         )
     if x.shape[-1] != channels:
-        raise ValueError(
-            f"images of shape {shape}: this network takes {channels} channels, not {x.shape[-1]}; "
-            "load it with in_chans= for another number"
-        )
+        raise ValueError(f"images of shape {shape}{_what_channels(shape, channels)}")
     if 0 in shape:
         raise ValueError(f"images of shape {shape} are empty")
     if not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(
             f"images of type {str(x.dtype).split('.')[-1]}: floats are needed, scaled and "
-            "normalised as the network was trained; mlx_zoo.preprocess.image does it"
+            "normalised as the network was trained: model.checkpoint.preprocessing(images) does it"
         )
     return x
+
+
+def _as_batch(shape: tuple[int, ...], channels: int) -> str:
+    """What makes a batch of an array of another rank, where it can be told."""
+    match shape:
+        case (_, _, C) if channels == C:
+            return "; use images[None]"
+        case (C, _, _) if channels == C:
+            return "; this looks like CHW, PyTorch's layout: use images.transpose(1, 2, 0)[None]"
+        case (_, _, W) if channels == 1 and W not in COLOURS:
+            return "; use images[..., None]"
+        case (_, _) if channels == 1:
+            return "; use images[None, ..., None]"
+    return ""
+
+
+def _what_channels(shape: tuple[int, ...], channels: int) -> str:
+    """What is wrong with a batch whose last axis is not the channels of the network."""
+    is_nchw = shape[1] == channels or (shape[1] in COLOURS and shape[-1] not in COLOURS)
+    found = shape[1] if is_nchw else shape[-1]
+    layout = (
+        f" look like NCHW, PyTorch's layout; MLX's is NHWC, (B, H, W, {found}): "
+        "use images.transpose(0, 2, 3, 1)"
+    )
+    number = (
+        f"this network takes {channels} channels, not {found}; load it with in_chans={found} "
+        "for these"
+    )
+    if not is_nchw:
+        return f": {number}"
+    return layout if found == channels else f"{layout}; and {number}"
 
 
 def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int, past: int = 0) -> None:
@@ -227,15 +253,20 @@ def check_tokens(input_ids: mx.array, vocab_size: int, max_positions: int, past:
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"input_ids of shape {shape}: a batch (B, N) with B, N > 0 is needed")
-    if not mx.issubdtype(input_ids.dtype, mx.integer):
-        kind = str(input_ids.dtype).split(".")[-1]
-        raise ValueError(f"input_ids of type {kind}: integers are needed")
+    check_integers(input_ids, "input_ids")
     if past + shape[1] > max_positions:
         after = f" after {past}" if past else ""
         raise ValueError(
             f"{shape[1]} tokens{after}: this network has {max_positions} positions; truncate"
         )
     check_range(input_ids, vocab_size, "token id")
+
+
+def check_integers(ids: mx.array, name: str) -> None:
+    """Raise ValueError unless `ids` are integers; bools are none."""
+    if not mx.issubdtype(ids.dtype, mx.integer):
+        kind = str(ids.dtype).split(".")[-1]
+        raise ValueError(f"{name} of type {kind}: integers are needed")
 
 
 def check_same_shape(x: mx.array, input_ids: mx.array, name: str) -> None:
@@ -249,8 +280,9 @@ def as_array(x: Any, name: str) -> mx.array:
     """`x` itself, or the array of a NumPy array or nested lists. Raises ValueError."""
     try:
         return x if isinstance(x, mx.array) else mx.array(x)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {type(x).__name__} is not an array: {error}") from error
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition(". ")[0]  # MLX goes on to list what it takes
+        raise ValueError(f"{name}: {type(x).__name__} is not an array: {reason}") from error
 
 
 def check_range(ids: mx.array, size: int, what: str) -> None:

@@ -239,12 +239,15 @@ def _checked(array: Any) -> np.ndarray:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise ValueError(f"an image of shape {array.shape}: (H, W) or (H, W, C) is needed")
+        remedy = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            remedy = "; this looks like CHW, PyTorch's layout: use image.transpose(1, 2, 0)"
+        raise ValueError(f"an image of shape {array.shape}: (H, W) or (H, W, C) is needed{remedy}")
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):
             raise ValueError(
                 f"an image of {array.dtype} from {array.min():g} to {array.max():g}: "
-                "floats are to be from 0 to 1, not yet normalised"
+                "floats are to be from 0 to 1; normalised ones are for the network itself"
             )
         return (array.astype(np.float32) * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:

@@ -502,7 +502,8 @@ def _ids(prompt: Any, model: nn.Module, tokenizer: Tokenizer | None) -> list[int
     else:
         ids = np.asarray(prompt)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-        raise ValueError(f"prompt={prompt!r}: a text, or a list of at least one id, is needed")
+        said = " ".join(repr(prompt).split())[:60]
+        raise ValueError(f"prompt={said}: a text, or a list of at least one id, is needed")
     if not 0 <= ids.min() <= ids.max() < model.config.vocab_size:
         raise ValueError(
             f"token id {ids.min() if ids.min() < 0 else ids.max()}: this network has "
