@@ -18,9 +18,12 @@ import json
 import socket
 import struct
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 HTML = b"<!DOCTYPE html>\n<html><body>Please log in to the hotel's network.</body></html>"
@@ -33,6 +36,7 @@ KINDS = (
     "flip",  # one bit of the body is another
     "body",  # `body` in the place of the file, with a fitting Content-Length
     "headers",  # the usual answer with these `headers` (None removes one)
+    "slow",  # the body in 40 pieces, 5 ms apart
 )
 
 
@@ -64,6 +68,8 @@ class LocalHub:
         self.token = "hf_local"  # opens gated and private repositories
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.ranges: list[str] = []  # of the requests that asked for a part
+        self.tokens: list[str] = []  # of the requests that brought one
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self.stopping = threading.Event()
@@ -134,6 +140,40 @@ class LocalHub:
             (self._sockets.add if is_open else self._sockets.discard)(connection)
 
 
+@contextmanager
+def client_and_hub(monkeypatch, folder: Path) -> Iterator[LocalHub]:
+    """An empty hub that the client asks, with its caches in `folder`, and no time lost in waiting.
+
+    Other processes are told the same by their environment, but do wait.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from mlx_zoo.hub import asking
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "MLX_ZOO_CACHE": folder / "zoo",
+        "HF_HUB_CACHE": folder / "hf",
+        "HF_TOKEN_PATH": folder / "token",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    no_wait = SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
+    monkeypatch.setattr(asking, "BACKOFF", (0, 0, 0))
+    with LocalHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+        huggingface_hub.close_session()
+
+
 class _Answer(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
@@ -164,6 +204,8 @@ class _Answer(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        self.hub.ranges += filter(None, [self.headers.get("Range")])
+        self.hub.tokens += filter(None, [self.headers.get("Authorization")])
         self.fault = self.hub.next_fault(self.command, path)
         if self.fault and self.fault.kind == "status":
             return self._send(self.fault.status, b"out of order", {})
@@ -262,8 +304,13 @@ class _Answer(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         broken = fault is not None and fault.kind in ("truncate", "reset", "stall")
-        self.wfile.write(body[: len(body) // 2] if broken else body)
-        self.wfile.flush()
+        body = body[: len(body) // 2] if broken else body
+        step = max(1, len(body) // 40) if fault and fault.kind == "slow" else max(1, len(body))
+        for start in range(0, len(body), step):
+            self.wfile.write(body[start : start + step])
+            self.wfile.flush()
+            if step < len(body):
+                self.hub.stopping.wait(0.005)
         if fault and (broken or fault.kind == "length"):
             self.close_connection = True
         if fault and fault.kind == "stall":

@@ -6,7 +6,6 @@ Numbers in the names are the rows of the fault matrix.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -24,17 +23,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from faults import DIGITS, digest, environment, read_only, right_digest
 
 import mlx_zoo
-from mlx_zoo import converting, registry
+from mlx_zoo import registry
 from mlx_zoo.describe import DATA
 from mlx_zoo.errors import MLXZooError
 from mlx_zoo.hub import cache as cache_module
-from mlx_zoo.hub.checkpoint import read_state_dict
-from mlx_zoo.mapping import engine
+from mlx_zoo.hub import checkpoint
 
-NAME = "resnet_digits"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_zoo.__file__).parents[1])}
+NAME = DIGITS
 
 
 def load(**options):
@@ -58,29 +56,10 @@ def quarantined(root):
     return list((root / "quarantine").glob("*"))
 
 
-def digest(model):
-    """Changes when any weight changes."""
-    found = hashlib.sha256()
-    for name, x in sorted(engine.parameters(model).items()):
-        found.update(name.encode() + str(x.dtype).encode() + np.array(x).tobytes())
-    return found.hexdigest()
-
-
 @pytest.fixture(scope="module")
 def right():
     """The digest of the right weights, read without any cache."""
-    state = read_state_dict([DATA / "resnet_digits.pth"])
-    architecture = registry.architectures()["resnet"]
-    model = architecture.model(architecture.variants[NAME])
-    weights = engine.to_mlx(state, model, architecture.dialects["timm"])
-    model.load_weights(list(weights.items()))
-    return digest(model)
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_new():
-    """A warning is given once in a process: here, once in a test."""
-    converting.warn_once.cache_clear()
+    return right_digest()
 
 
 # ------------------------------------------------------------------ 17: killed at any point
@@ -153,7 +132,7 @@ POINTS = (
 
 @pytest.mark.parametrize("point", POINTS)
 def test_row_17_killed(point, cache, right, caplog):
-    killed = subprocess.run([sys.executable, "-c", KILLED, point], env=ENVIRONMENT | here(cache))
+    killed = subprocess.run([sys.executable, "-c", KILLED, point], env=environment(**here(cache)))
     assert killed.returncode == -signal.SIGKILL
     whole = point == "after the rename"
     assert len(entries(cache)) == whole
@@ -176,41 +155,6 @@ def here(cache):
 
 # ------------------------------------------------------------------ 18: many at once
 
-AT_ONCE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import mlx_zoo
-from test_cache import digest
-print("ready", flush=True)
-sys.stdin.readline()
-print(digest(mlx_zoo.load("resnet_digits", pretrained=True)))
-"""
-
-
-@pytest.mark.parametrize("found", ["nothing", "a damaged entry"])
-def test_row_18_twelve_processes_convert_at_once(found, cache, right):
-    if found != "nothing":
-        load()
-        only_entry(cache).weights.write_bytes(b"damaged")
-    command = [sys.executable, "-c", AT_ONCE, str(Path(__file__).parent)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    racers = [
-        subprocess.Popen(command, env=ENVIRONMENT | here(cache), text=True, **pipes)
-        for _ in range(12)
-    ]
-    for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    for racer in racers:
-        output, errors = racer.communicate(timeout=100)
-        assert racer.returncode == 0, errors
-        assert output.strip() == right
-        assert found != "nothing" or errors == ""
-    cache_module.check(only_entry(cache))
-    assert unfinished(cache) == []
-
 
 def test_row_18_the_faster_process_wins(cache, right, monkeypatch, caplog):
     """Another process stores the same conversion between our look-up and our rename."""
@@ -226,6 +170,24 @@ def test_row_18_the_faster_process_wins(cache, right, monkeypatch, caplog):
     cache_module.check(only_entry(cache))
     assert unfinished(cache) == []
     assert caplog.text == ""
+
+
+def test_row_18_what_is_in_the_way_may_be_damaged(cache, right, monkeypatch, caplog):
+    """It appears between our look-up and our rename, and is set aside for ours."""
+
+    def save(path, weights, metadata, save=cache_module.save):
+        monkeypatch.undo()
+        monkeypatch.setenv("MLX_ZOO_CACHE", str(cache))
+        load()
+        truncate(only_entry(cache))
+        save(path, weights, metadata)
+
+    monkeypatch.setattr(cache_module, "save", save)
+    assert digest(load()) == right
+    (warning,) = caplog.messages
+    assert "set aside" in warning
+    cache_module.check(only_entry(cache))
+    assert unfinished(cache) == []
 
 
 def at_once(action, num=8):
@@ -529,6 +491,37 @@ def test_row_22_an_entry_that_is_replaced_while_it_is_read(cache, right, monkeyp
     assert [entry.path for entry in checked] == [entry.path]
 
 
+@pytest.mark.parametrize("harm", [lambda entry: truncate(entry), lambda entry: flip(-1)(entry)])
+@pytest.mark.parametrize("when", ["checked", "opened", "read"])
+def test_row_22_an_entry_that_is_harmed_while_it_is_read(harm, when, cache, right, monkeypatch):
+    """After its hash was checked, between its header and its tensors, or when all is read."""
+    load()
+    entry = only_entry(cache)
+
+    def act(*args, **options):
+        monkeypatch.setattr(place, name, action)
+        if when == "opened":
+            harm(entry)
+        result = action(*args, **options)
+        if when != "opened":
+            harm(entry)
+        return result
+
+    place, name = {
+        "checked": (cache_module, "check"),
+        "opened": (checkpoint, "_read_with_numpy"),
+        "read": (cache_module, "read_weights"),
+    }[when]
+    action = getattr(place, name)
+    monkeypatch.setattr(place, name, act)
+    assert digest(load()) == right
+    if when == "read":  # it is held already, and the harm is found by the next
+        assert quarantined(cache) == []
+        assert digest(load()) == right
+    assert len(quarantined(cache)) == 1
+    cache_module.check(only_entry(cache))
+
+
 # ------------------------------------------------------------------ 15, 16: no space, no right
 
 
@@ -551,7 +544,7 @@ STEPS = {
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("step", STEPS)
-def test_rows_15_and_16_a_cold_cache_that_cannot_be_written(
+def test_row_15_and_row_16_a_cold_cache_that_cannot_be_written(
     step, error, cache, right, monkeypatch, caplog
 ):
     monkeypatch.setattr(*STEPS[step], fail(error))
@@ -595,20 +588,16 @@ def test_row_16_a_warm_cache_is_only_read(cache, right, monkeypatch, caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders all the same")
 def test_row_16_a_read_only_folder(cache, right, caplog):
     load()
-    folders = [cache, *(path for path in cache.rglob("*") if path.is_dir())]
-    for folder in folders:
-        folder.chmod(0o500)
-    try:
+    with read_only(cache):
         assert digest(load()) == right
         assert caplog.text == ""
-        load(dtype="float16")
-        assert "cannot be kept" in caplog.text
-    finally:
-        for folder in folders:
-            folder.chmod(0o700)
+        for _ in range(2):
+            load(dtype="float16")
+    (warning,) = caplog.messages
+    assert f"new files cannot be kept in {cache}: [Errno {errno.EACCES}]" in warning
+    only_entry(cache)
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o027, 0o077], ids=oct)

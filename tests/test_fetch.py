@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import traceback
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,8 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from hub_server import HTML, LocalHub, git_sha1, sha256
+from faults import read_only, start
+from hub_server import HTML, LocalHub, client_and_hub, git_sha1, sha256
 from huggingface_hub import constants
 
 import mlx_zoo
@@ -50,28 +53,15 @@ WEIGHTS = bytes(range(256)) * 64  # 16 kB: stored as LFS
 CONFIG = b'{"hidden_size": 8}'
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 16384\n"
 SOURCE = HubSource("org/name")
+BACKOFF = asking.BACKOFF
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub with one repository; the client's caches in tmp_path, and no time lost in waiting."""
-    monkeypatch.setenv("MLX_ZOO_CACHE", str(tmp_path / "zoo"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    no_wait = SimpleNamespace(sleep=lambda seconds: None)
-    monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-    monkeypatch.setattr(asking, "BACKOFF", (0, 0, 0))
-    with LocalHub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    """A hub with one repository; the client's caches in tmp_path."""
+    with client_and_hub(monkeypatch, tmp_path) as hub:
         hub.push("org/name", {"config.json": CONFIG, "model.safetensors": WEIGHTS})
         yield hub
-        huggingface_hub.close_session()
 
 
 def files_in(folder: Path) -> list[str]:
@@ -207,6 +197,8 @@ def test_row_1_a_large_body_is_resumed_where_it_broke_off(hub, monkeypatch):
     hub.fault("model.safetensors", "truncate")
     fetched = fetch_weights(HubSource("org/large"))
     assert fetched.sha256["model.safetensors"] == sha256(large)
+    (asked,) = hub.ranges
+    assert 10**7 < int(asked.removeprefix("bytes=").removesuffix("-")) <= 11_000_000
 
 
 def test_row_1_a_body_that_never_ends_whole_is_an_error(hub, tmp_path):
@@ -250,6 +242,17 @@ def test_row_3_a_server_that_stays_down_is_a_download_error(hub, tmp_path, path)
 
 
 @pytest.mark.parametrize("path", ["model.safetensors", "/api/models/org/name"])
+def test_row_3_each_pause_is_longer(hub, monkeypatch, path):
+    naps = []
+    monkeypatch.setattr(asking, "sleep", naps.append)
+    monkeypatch.setattr(asking, "BACKOFF", BACKOFF)
+    hub.fault(path, "status", times=3, status=503)
+    fetch_weights(SOURCE)
+    assert naps == list(BACKOFF) == sorted(set(naps))
+    assert min(naps) > 0
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "/api/models/org/name"])
 def test_row_4_retry_after_is_honoured(hub, monkeypatch, path):
     naps = []
     monkeypatch.setattr(asking, "sleep", naps.append)
@@ -258,6 +261,47 @@ def test_row_4_retry_after_is_honoured(hub, monkeypatch, path):
     hub.fault(path, "status", status=429, headers={"Retry-After": "7"})
     fetch_weights(SOURCE)
     assert naps in ([7], [8])  # the client adds a second of its own
+
+
+def in_seconds(seconds: float) -> str:
+    """A moment as HTTP writes it."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + seconds))
+
+
+QUESTIONS = [  # each of the kinds of requests that a load makes
+    ("/api/models/org/name", "GET"),
+    ("model.safetensors", "HEAD"),
+    ("model.safetensors", "GET"),
+]
+
+
+@pytest.mark.parametrize(("path", "method"), QUESTIONS)
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("Retry-After", lambda: in_seconds(30)), ("RateLimit", lambda: '"api";r=0;t=30')],
+)
+def test_row_4_a_date_and_the_hub_s_own_header(hub, monkeypatch, path, method, header, value):
+    naps = []
+    monkeypatch.setattr(asking, "sleep", naps.append)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=naps.append))
+    details = {"status": 429, "methods": (method,)}
+    hub.fault(path, "status", headers={header: value()}, **details)
+    fetch_weights(SOURCE)
+    assert len(naps) == 1
+    assert 20 < naps[0] <= 31
+
+
+@pytest.mark.parametrize(("path", "method"), QUESTIONS)
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("Retry-After", lambda: in_seconds(3600)), ("RateLimit", lambda: '"api";r=0;t=3600')],
+)
+def test_row_4_nobody_waits_until_then(hub, monkeypatch, path, method, header, value):
+    monkeypatch.setattr(asking, "sleep", lambda seconds: pytest.fail("waited"))
+    details = {"status": 429, "methods": (method,), "times": 9}
+    hub.fault(path, "status", headers={header: value()}, **details)
+    with pytest.raises(DownloadError, match=r"asks to wait 3[56]\d\d s; try again after"):
+        fetch_weights(SOURCE)
 
 
 def test_row_4_nobody_waits_for_an_hour(hub, monkeypatch):
@@ -411,11 +455,76 @@ def test_row_8_a_hostile_commit_from_the_api(hub, tmp_path, text):
     assert files_in(tmp_path) == []
 
 
-def test_row_8_another_commit_than_the_one_asked_for(hub):
-    details = {"methods": ("HEAD",), "times": 99}
-    hub.fault("config.json", "headers", headers={"X-Repo-Commit": "b" * 40}, **details)
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("other", [lambda commit: "b" * 40, str.upper])
+def test_row_8_another_commit_than_the_one_asked_for(hub, other, again):
+    """The client would look for one under the name of the other from then on."""
+    commit = {"X-Repo-Commit": other(hub.branches["org/name"]["main"])}
+    fault = hub.fault(
+        "config.json", "headers", headers=commit, methods=("HEAD",), skip=int(again), times=99
+    )
     with pytest.raises(DownloadError, match="another commit"):
         fetch_files(SOURCE, ["config.json"])
+    fault.times = 0
+    assert fetch_files(SOURCE, ["config.json"]).sha256 == {"config.json": sha256(CONFIG)}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://example.com/x",
+        "http://127.0.0.1.example.com/x",
+        "//example.com/x",
+        "ftp://example.com/x",
+        "file:///etc/passwd",
+        "http://[::1",
+        "https://",
+        "data:text/plain,x",
+    ],
+)
+def test_row_8_a_hostile_location_is_refused(hub, tmp_path, target, again):
+    """Also when the client, which asks again, is the first to get it."""
+    details = {"times": 99, "skip": 2 * again, "methods": ("HEAD",)}
+    hub.fault("model.safetensors", "headers", headers={"Location": target}, **details)
+    with pytest.raises(DownloadError, match=r"only https|URL|protocol"):
+        fetch_weights(SOURCE)
+    assert hub.gets("model.safetensors") == []
+    assert files_in(tmp_path) == ["org--name.json"]
+
+
+@pytest.mark.parametrize("target", ["../../../../etc/passwd", "/x", ""])
+def test_row_8_a_location_that_leads_nowhere(hub, tmp_path, target):
+    details = {"times": 99, "methods": ("HEAD",)}
+    hub.fault("model.safetensors", "headers", headers={"Location": target}, **details)
+    with pytest.raises(DownloadError):
+        fetch_weights(SOURCE)
+    assert files_in(tmp_path) == ["org--name.json"]
+
+
+def test_row_8_hostile_names_in_the_list_of_files(hub, tmp_path):
+    """They are compared with the names that are looked for, and never become paths."""
+    evil = {f"{up}x.safetensors": b"evil" for up in ("../../../", "/", "..\\", "C:", "a\n\033[2J")}
+    hub.push("org/evil", {**evil, "../model.safetensors": b"evil", "model.safetensors": WEIGHTS})
+    before = set(tmp_path.parent.rglob("x.safetensors"))
+    fetched = fetch_weights(HubSource("org/evil"))
+    assert fetched.sha256 == {"model.safetensors": sha256(WEIGHTS)}
+    assert set(tmp_path.parent.rglob("x.safetensors")) == before
+    assert len(hub.gets(".safetensors")) == 1
+    hub.push("org/only", evil)
+    with pytest.raises(FileNotInRepository, match="has no weights") as caught:
+        fetch_weights(HubSource("org/only"))
+    assert str(caught.value).isprintable()
+
+
+def test_row_8_a_commit_in_capitals_is_the_same_commit(hub):
+    first = fetch_weights(SOURCE)
+    commit = first.revision
+    hub.fault("/api/models/org/name", "headers", headers={"sha": commit.upper()}, times=9)
+    assert fetch_weights(at("main")).revision == commit
+    hub.requests.clear()
+    assert fetch_weights(at(commit.upper())) == first
+    assert hub.requests == []
 
 
 def test_row_8_a_damaged_record_is_not_believed(hub, tmp_path):
@@ -471,6 +580,54 @@ def test_row_9_missing_file(hub):
     hub.push("org/flax", {"flax_model.msgpack": b"x"})
     with pytest.raises(FileNotInRepository, match=r"flax_model\.msgpack"):
         fetch_weights(HubSource("org/flax"))
+
+
+def test_row_9_each_refusal_says_what_to_do_and_none_the_token(hub, monkeypatch, caplog):
+    caplog.set_level("DEBUG")
+    secret = "hf_" + "s3cret" * 5
+    monkeypatch.setenv("HF_TOKEN", secret)
+    hub.gated.add("org/gated")
+    hub.push("org/gated", {"model.safetensors": WEIGHTS})
+    page = re.escape(hub.endpoint)
+    cases = {
+        GatedRepository: (
+            HubSource("org/gated"),
+            rf"accept its licence at {page}/org/gated,.*hf a",
+        ),
+        RepositoryNotFound: (HubSource("org/none"), r"check the name.*hf auth login.*HF_TOKEN"),
+        RevisionNotFound: (at("v9"), rf"{page}/org/name/tree/main lists them"),
+        FileNotInRepository: (SOURCE, rf"{page}/org/name/tree/main lists those it has"),
+    }
+    said = []
+    for kind, (source, what_to_do) in cases.items():
+        with pytest.raises(kind, match=what_to_do) as caught:
+            fetch_files(source, ["model.safetensors", "vocab.txt"])
+        assert type(caught.value) is kind
+        assert str(source) in str(caught.value)
+        assert str(caught.value).isprintable()  # one line
+        said += traceback.format_exception(caught.value)
+    for status, remedy in ((400, "address is wrong"), (403, "hf auth login"), (500, "try later")):
+        hub.fault("/api/models/org/other", "status", status=status, times=9)
+        with pytest.raises(DownloadError, match=f"http.*/org/other.*{remedy}") as caught:
+            fetch_weights(HubSource("org/other"))
+        said += traceback.format_exception(caught.value)
+        hub.faults.clear()
+    assert secret in "".join(hub.tokens)  # it was used
+    assert secret not in "".join(said) + caplog.text
+
+
+def test_row_9_the_token_is_for_the_hub_alone(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.private.add("org/name")
+    with LocalHub() as store:  # another port is another host
+        store.plain["/stored"] = store.plain["/models/net.pth"] = WEIGHTS
+        away = {"Location": f"{store.endpoint}/stored"}
+        hub.fault("model.safetensors", "headers", headers=away, methods=("HEAD",), times=9)
+        assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
+        fetch_weights(UrlSource(f"{store.endpoint}/models/net.pth", sha256(WEIGHTS)))
+        assert store.gets("/stored")
+        assert store.tokens == []
+    assert hub.tokens
 
 
 def test_row_10_falls_back_to_pickles(hub):
@@ -645,8 +802,7 @@ def test_row_13_retry_after_of_a_url(hub, monkeypatch):
     hub.fault("net.pth", "status", status=429, headers={"Retry-After": "7"})
     fetch_weights(source)
     assert naps == [7]
-    later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))
-    hub.fault("net2.pth", "status", status=429, headers={"Retry-After": later})
+    hub.fault("net2.pth", "status", status=429, headers={"Retry-After": in_seconds(3600)})
     with pytest.raises(DownloadError, match="asks to wait"):
         fetch_weights(UrlSource(f"{hub.endpoint}/net2.pth", "0" * 8))
 
@@ -678,6 +834,83 @@ def test_row_13_redirects_stay_on_permitted_addresses(hub):
     hub.fault("loop.pth", "status", status=302, times=99, headers={"Location": "/loop.pth"})
     with pytest.raises(DownloadError, match="more than"):
         fetch_weights(UrlSource(f"{hub.endpoint}/loop.pth", "0" * 8))
+
+
+# ----------------------------------------------------------------------------- only https
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://example.com", "http://127.0.0.1.example.com", "ftp://x", "example.com"]
+)
+def test_an_endpoint_without_https_is_not_asked(hub, monkeypatch, tmp_path, endpoint):
+    warm = fetch_weights(SOURCE)
+    hub.requests.clear()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: pytest.fail("asked"))
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    for source, name in ((HubSource("org/other"), None), (at("main"), None), (SOURCE, "vocab.txt")):
+        with pytest.raises(DownloadError, match=f"only https.*HF_ENDPOINT={endpoint}"):
+            fetch_files(source, [name]) if name else fetch_weights(source)
+    assert fetch_weights(SOURCE) == warm  # which asks nobody
+    assert hub.requests == []
+
+
+@pytest.fixture
+def https(hub, monkeypatch):
+    """The hub at https://hub.test, without the encryption; a list of what was asked."""
+    asked = []
+    transport = type(huggingface_hub.utils.get_session()._transport)
+
+    def handle(self, request, handle=transport.handle_request):
+        asked.append(str(request.url))
+        assert request.url.host == "hub.test"
+        url = request.url.copy_with(scheme="http", host="127.0.0.1", port=hub._server.server_port)
+        content = {"headers": request.headers, "stream": request.stream}
+        again = type(request)(request.method, url, extensions=request.extensions, **content)
+        return handle(self, again)
+
+    monkeypatch.setattr(transport, "handle_request", handle)
+    hub.endpoint = "https://hub.test"
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    return asked
+
+
+def test_https_throughout(hub, https):
+    assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
+    hub.plain["/net.pth"] = WEIGHTS
+    fetch_weights(UrlSource("https://hub.test/net.pth", sha256(WEIGHTS)))
+    assert len(https) > 4
+    assert all(url.startswith("https://hub.test/") for url in https)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    "target", ["http://hub.test/x", "http://127.0.0.1/x", "http://example.com/x"]
+)
+def test_nobody_leads_away_from_https(hub, https, tmp_path, target, again):
+    """Not to the same host, not to this machine: not for the weights, the API or an address."""
+    there = {"headers": {"Location": target}}
+    details = {"times": 99, "skip": 2 * again, "methods": ("HEAD",)}
+    hub.fault("model.safetensors", "headers", **there, **details)
+    with pytest.raises(DownloadError, match=r"redirects to http.*only https"):
+        fetch_weights(SOURCE)
+    for path in ("/api/models/org/other", "/net.pth"):
+        hub.fault(path, "status", status=302, times=9, **there)
+    with pytest.raises(DownloadError, match=r"redirects to http.*only https"):
+        fetch_weights(HubSource("org/other"))
+    with pytest.raises(DownloadError, match=r"redirects to http.*only https"):
+        fetch_weights(UrlSource("https://hub.test/net.pth", "0" * 8))
+    assert all(url.startswith("https://hub.test/") for url in https)
+    assert files_in(tmp_path) == ["org--name.json"]
+
+
+def test_a_body_is_not_fetched_from_http(hub, https, tmp_path):
+    """The client follows the redirects of a GET by itself."""
+    there = {"Location": "http://hub.test/x"}
+    hub.fault("model.safetensors", "status", status=302, times=9, headers=there)
+    with pytest.raises(DownloadError, match=r"redirects to http.*only https"):
+        fetch_weights(SOURCE)
+    assert all(url.startswith("https://hub.test/") for url in https)
+    assert files_in(tmp_path) == ["org--name.json"]
 
 
 # ----------------------------------------------------------------------------- rows 14-16
@@ -776,47 +1009,69 @@ def test_row_15_the_disk_fills_during_the_download(hub, tmp_path, kind):
     assert fetch_weights(source).revision in ("", hub.branches["org/name"]["main"])
 
 
-@pytest.fixture
-def lock(tmp_path):
-    """A function that makes a folder read-only until the test is over."""
-    locked = []
-
-    def lock(folder: Path) -> None:
-        for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            path.chmod(0o500)
-            locked.append(path)
-        if os.access(folder, os.W_OK):
-            pytest.skip("root writes to read-only folders all the same")
-
-    yield lock
-    for path in locked:
-        path.chmod(0o700)
-
-
-def test_row_16_a_read_only_cache_that_is_warm(hub, tmp_path, lock):
+def test_row_16_a_read_only_cache_that_is_warm(hub, tmp_path, caplog):
     source = url_source(hub)
     warm, url = fetch_weights(SOURCE), fetch_weights(source)
-    lock(tmp_path / "hf")
-    lock(tmp_path / "zoo")
-    assert fetch_weights(SOURCE) == warm
-    assert fetch_weights(source) == url
+    hub.requests.clear()
+    with read_only(tmp_path / "hf", tmp_path / "zoo"):
+        assert fetch_weights(SOURCE) == warm
+        assert fetch_weights(source) == url
+    assert hub.requests == []
+    assert caplog.messages == []
 
 
-def test_row_16_a_read_only_cache_that_is_cold(hub, tmp_path, lock):
+def test_row_16_a_read_only_cache_that_is_cold(hub, tmp_path, caplog):
+    """What is fetched then lasts as long as the process."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "zoo").mkdir()
-    lock(tmp_path / "hf")
-    lock(tmp_path / "zoo")
-    for source in (SOURCE, url_source(hub)):
-        with pytest.raises(DownloadError, match="cannot be"):
-            fetch_weights(source)
+    source = url_source(hub)
+    with read_only(tmp_path / "hf", tmp_path / "zoo"):
+        for _ in range(2):
+            for fetched in (fetch_weights(SOURCE), fetch_weights(source)):
+                ((name, path),) = fetched.files.items()
+                assert path.read_bytes() == WEIGHTS
+                assert not path.is_relative_to(tmp_path)
+                assert fetched.sha256 == {name: sha256(WEIGHTS)}
+                assert len(hub.gets(name)) == 1
+    (warning,) = caplog.messages
+    assert f"new files cannot be kept in {tmp_path / 'zoo'}: [Errno {errno.EACCES}]" in warning
+    assert files_in(tmp_path / "hf") == files_in(tmp_path / "zoo") == []
+
+
+def test_row_16_what_a_process_kept_elsewhere_goes_with_it(hub, tmp_path):
+    (tmp_path / "zoo").touch()
+    program = """
+        import sys
+        from mlx_zoo.hub.fetch import fetch_weights
+        from mlx_zoo.hub.source import UrlSource
+        (path,) = fetch_weights(UrlSource(*sys.argv[1:])).weights
+        assert path.is_file()
+        print(path)
+    """
+    source = url_source(hub)
+    output, errors = start(textwrap.dedent(program), source.url, source.sha256).communicate()
+    path = Path(output.strip())
+    assert path.name.endswith("net.pth"), errors
+    assert not path.parent.exists()
+
+
+def test_row_16_one_repository_of_the_cache_belongs_to_another(hub, tmp_path):
+    fetch_files(SOURCE, ["config.json"])
+    with (
+        read_only(tmp_path / "hf" / "models--org--name"),
+        pytest.raises(DownloadError, match=r"cannot be stored.*writable, or give another cache_di"),
+    ):
+        fetch_weights(SOURCE)
+    assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
 
 
 def test_row_16_a_record_that_cannot_be_written_is_no_error(hub, tmp_path, caplog):
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "pins").write_text("a file where the folder would be")
-    assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
-    assert "could not be written" in caplog.text
+    for _ in range(2):
+        assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
+    (warning,) = caplog.messages
+    assert "new files cannot be kept" in warning
 
 
 # ----------------------------------------------------------------------------- sources

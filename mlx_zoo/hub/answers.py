@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import re
 import shutil
 import time
@@ -14,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zoo.errors import DownloadError, IntegrityError
+from mlx_zoo.hub.source import is_permitted
+
+log = logging.getLogger("mlx_zoo")
 
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more (Retry-After) gets no retry
 SMALL_BODY = 65536  # bytes; a body this short is looked at before it is written
 
 _HASH = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
+_RATE_LIMIT = re.compile(r"r=0;t=(\d+)")
 _HTML = "an HTML page instead of the file: a login page or a proxy's, or a wrong address"
 _POINTER = "a git-lfs pointer instead of the file: run `git lfs pull` where it was cloned"
 
@@ -43,9 +49,21 @@ def check_etag(etag: str, url: str) -> None:
         )
 
 
+def check_redirect(address: str, target: str) -> None:
+    """Raise DownloadError for a way that leads away from https."""
+    downgrade = address.startswith("https:") and not target.startswith("https:")
+    if downgrade or not is_permitted(target):
+        raise DownloadError(f"{address} redirects to {target}: only https addresses are fetched")
+
+
 def retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait; the header holds seconds or a date."""
+    """Seconds that a server asks to wait; the header holds seconds or a date.
+
+    The hub says so in a header of its own, too: `RateLimit: "api";r=0;t=55`.
+    """
     value = (headers.get("Retry-After") or "").strip()
+    if limit := _RATE_LIMIT.search(headers.get("RateLimit") or ""):
+        value = limit[1]
     if value.isdigit():
         return float(value)
     try:
@@ -96,37 +114,55 @@ def discard(path: Path) -> None:
         ) from error
 
 
-_ours: ContextVar[bool] = ContextVar("_ours", default=False)
+_NOT_OURS = object()
+_ours: ContextVar[Any] = ContextVar("_ours", default=_NOT_OURS)  # the commit that is asked for
 
 
 @contextmanager
-def watched_client() -> Iterator[None]:
+def watched_client(commit: str | None = None) -> Iterator[None]:
     """Within, the client's HTTP session refuses what its next step would trust.
 
     The client makes file names out of ETags and commits, waits as long as a Retry-After says, and
     writes any body of the right length. It asks for headers again that were checked before, so
     each answer is looked at. The session is the user's as well: their own calls are left alone.
+    What the client warns of is a note here: the error says it if it comes to that.
     """
     from huggingface_hub.utils import get_session
 
+    for name in ("file_download", "utils._http"):
+        logging.getLogger(f"huggingface_hub.{name}").addFilter(_note)
     hooks = get_session().event_hooks["response"]
     if _check_answer not in hooks:
         hooks.append(_check_answer)
-    token = _ours.set(True)
+    token = _ours.set(commit)
     try:
         yield
     finally:
         _ours.reset(token)
 
 
+def _note(record: logging.LogRecord) -> bool:
+    """Whether the client may say this itself."""
+    if _ours.get() is _NOT_OURS:
+        return True
+    log.info("%s", record.getMessage())
+    return False
+
+
 def _check_answer(response: Any) -> None:
-    if not _ours.get():
+    if (wanted := _ours.get()) is _NOT_OURS:
         return
     url, headers = str(response.url), response.headers
     if (commit := headers.get("X-Repo-Commit")) is not None:
         check_commit(commit, url)
-    check_wait(retry_after(headers), url)
+        if wanted not in (None, commit):
+            raise DownloadError(f"{url} answers for another commit, {commit}, not {wanted}")
+    if response.status_code >= 400 and (wait := retry_after(headers)) is not None:
+        check_wait(wait, url)
+        headers["Retry-After"] = str(math.ceil(wait))  # the client does not read dates
     redirects = response.has_redirect_location
+    if redirects:
+        check_redirect(url, str(response.url.join(headers["Location"])))
     if response.status_code >= 300 and not redirects:
         return
     if response.request.method == "HEAD":

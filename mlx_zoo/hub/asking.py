@@ -26,6 +26,7 @@ from mlx_zoo.errors import (
     RevisionNotFound,
 )
 from mlx_zoo.hub.answers import check_wait, retry_after
+from mlx_zoo.hub.keeping import DISK_FULL
 from mlx_zoo.hub.source import Source
 
 BACKOFF = (0.5, 1.0, 2.0)  # seconds before each retry, unless the server asks for another wait
@@ -37,7 +38,6 @@ _RETRIED_BY_CLIENT = {
     "RemoteProtocolError",
     "LocalEntryNotFoundError",
 }
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger("mlx_zoo")
 _T = TypeVar("_T")
@@ -131,7 +131,7 @@ def _explain(error: Exception, source: Source, url: str, folder: Path) -> Except
             "Nothing was kept; check the connection and any proxy"
         )
     status = _status(error)
-    if status is None and isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if status is None and isinstance(error, OSError) and error.errno in DISK_FULL:
         return OSError(error.errno, f"{error.strerror}, fetching {url}", str(folder))
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return DownloadError(
@@ -144,20 +144,22 @@ def _explain_refusal(error: Exception, source: Source, url: str) -> DownloadErro
     """The hub's refusals, each with what to do about it."""
     from huggingface_hub import errors
 
+    parts = urlsplit(url)
+    page = f"{parts.scheme}://{parts.netloc}/{getattr(source, 'repo', '')}"
     if isinstance(error, errors.GatedRepoError):
-        parts = urlsplit(url)
-        page = f"{parts.scheme}://{parts.netloc}/{getattr(source, 'repo', '')}"
         return GatedRepository(
             f"{source} is gated: accept its licence at {page}, then run `hf auth login` "
             "(or set HF_TOKEN)"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return RevisionNotFound(
-            f"{source}: no such branch, tag or commit ({url}). "
+            f"{source}: no such branch, tag or commit ({url}); {page}/tree/main lists them. "
             'If its history was rewritten, revision="main" takes what is there now'
         )
     if isinstance(error, errors.EntryNotFoundError) and _status(error) is not None:
-        return FileNotInRepository(f"{source} has no such file: {url}")
+        return FileNotInRepository(
+            f"{source} has no such file: {url}; {page}/tree/main lists those it has"
+        )
     if isinstance(error, errors.RepositoryNotFoundError) or _status(error) == 401:
         return RepositoryNotFound(
             f"{source} does not exist, or is private ({url}): check the name, and for a private "

@@ -4,6 +4,7 @@
         model.safetensors    the parameters, in MLX's layout
         manifest.json        what the key was made of; source, revision, hashes, versions
         verification.json    the latest verification, once there is one
+        fingerprint.safetensors    what the PyTorch original answered then (`verify.stored`)
 
     <root>/quarantine/       entries that could not be used
     <root>/downloads/        files that came from an https address (`download`)
@@ -41,6 +42,7 @@ log = logging.getLogger("mlx_zoo")
 
 FORMAT = 1  # of an entry; raised whenever a conversion yields other bytes for the same spec
 WEIGHTS, MANIFEST, VERIFICATION = "model.safetensors", "manifest.json", "verification.json"
+FINGERPRINT = "fingerprint.safetensors"
 DAY = 24 * 3600  # seconds
 STALE = DAY  # longer than any work takes: what is older was left by a process that was killed
 
@@ -51,6 +53,7 @@ class Entry:
 
     path: Path
     manifest: Mapping[str, Any]
+    seen: tuple[int, ...] | None = None  # the state of the weights before they were checked
 
     @property
     def weights(self) -> Path:
@@ -68,7 +71,7 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        files = (self.path / name for name in (WEIGHTS, MANIFEST, VERIFICATION))
+        files = (self.path / name for name in (WEIGHTS, MANIFEST, VERIFICATION, FINGERPRINT))
         return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -119,13 +122,14 @@ def read_entry(path: Path) -> Entry:
 
     Raises OSError where there is no manifest, ValueError where it is something else.
     """
+    seen = _state(path / WEIGHTS)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"the manifest is no manifest: {error}") from error
     if not isinstance(manifest, dict):
         raise ValueError("the manifest is not an object")
-    return Entry(path, manifest)
+    return Entry(path, manifest, seen)
 
 
 def check(entry: Entry) -> None:
@@ -143,16 +147,30 @@ def check(entry: Entry) -> None:
 
 
 def read_weights(entry: Entry) -> dict[str, mx.array]:
-    """The parameters of an entry. They are read from the file when they are evaluated.
+    """The parameters of an entry that was checked, in memory: its file may go or change then.
 
-    Raises OSError where the file is gone; once opened, it may go.
+    Raises OSError where it is gone, or is no longer the file that was checked.
     """
+    from mlx_zoo.hub.checkpoint import _read_with_numpy
+
     try:
-        weights = mx.load(str(entry.weights))
-    except RuntimeError as error:
+        # Not by mx.load, which reads late: where the file is shorter by then, what is evaluated
+        # after that fails too, or waits for ever.
+        weights = _read_with_numpy(entry.weights, read_header(entry.weights))
+    except (ValueError, MLXZooError) as error:
         raise OSError(f"{entry.weights}: {error}") from error
-    assert isinstance(weights, dict)
+    if _state(entry.weights) != entry.seen:
+        raise OSError(f"{entry.weights} was replaced while it was read")
     return weights
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Which file this is, its bytes, and its last change (ns), which nobody can set back."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 
 def store(
@@ -170,14 +188,17 @@ def store(
         manifest = write_folder(work, weights, {"key": key, **manifest})
         for written in (*work.iterdir(), work):
             _flush(written)
-        try:
-            work.rename(path)
-        except OSError:
-            if other := find(root, name, key):
-                return other
-            raise
+        for retry in (True, False):
+            try:
+                work.rename(path)
+                break
+            except OSError:
+                if other := find(root, name, key):
+                    return other
+                if not retry:  # what was in the way, and damaged, was set aside just now
+                    raise
         _flush(path.parent)
-        return Entry(path, manifest)
+        return Entry(path, manifest, _state(path / WEIGHTS))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -225,12 +246,17 @@ def save(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str
 def stamp(entry: Entry, verification: Mapping[str, Any]) -> None:
     """Keep the result of a verification beside the weights it speaks of."""
     text = json.dumps({"sha256": entry.manifest["sha256"], **verification}, indent=2) + "\n"
+    keep(entry, VERIFICATION, text.encode())
+
+
+def keep(entry: Entry, name: str, data: bytes) -> None:
+    """Write, or replace, a file beside the weights of an entry."""
     sweep(entry.path, ".*.part")
     part = entry.path / f".{uuid.uuid4().hex}.part"
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
         _flush(part)
-        part.replace(entry.path / VERIFICATION)
+        part.replace(entry.path / name)
     finally:
         part.unlink(missing_ok=True)
 

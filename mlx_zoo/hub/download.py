@@ -19,10 +19,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mlx_zoo.errors import DownloadError, IntegrityError
-from mlx_zoo.hub.answers import check_space, discard, placeholder
+from mlx_zoo.hub.answers import check_redirect, check_space, discard, placeholder
 from mlx_zoo.hub.asking import TIMEOUT, Truncated, ask, is_offline, kinds, not_cached
 from mlx_zoo.hub.cache import cache_root, sha256_of, sweep
-from mlx_zoo.hub.source import UrlSource, is_permitted
+from mlx_zoo.hub.keeping import places_of, writable
+from mlx_zoo.hub.source import UrlSource
 
 MAX_REDIRECTS = 5
 
@@ -37,20 +38,19 @@ def file_name(source: UrlSource) -> str:
 def download(source: UrlSource, cache_dir: Path | None, local_files_only: bool) -> tuple[Path, str]:
     """The file behind a URL, and its sha256. A cached one is hashed before it is trusted."""
     folder = cache_root(cache_dir) / "downloads"
-    name = re.sub(r"[^\w.-]", "_", file_name(source))
-    path = folder / f"{source.sha256[:8]}-{name}"
-    if path.is_file():
-        found = sha256_of(path)
-        if found.startswith(source.sha256):
-            return path, found
-        discard(path)
-        log.warning("%s was damaged: deleted", path)
+    name = f"{source.sha256[:8]}-" + re.sub(r"[^\w.-]", "_", file_name(source))
+    for place in places_of(folder):
+        path = place / name
+        if path.is_file():
+            found = sha256_of(path)
+            if found.startswith(source.sha256):
+                return path, found
+            discard(path)
+            log.warning("%s was damaged: deleted", path)
     if is_offline(local_files_only):
-        raise not_cached(source, path.name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(f"{folder} cannot be made: {error}") from error
+        raise not_cached(source, name)
+    folder = writable(folder)
+    path = folder / name
     sweep(folder, ".*.part")
     part = folder / f".{uuid.uuid4().hex}.part"
     try:
@@ -114,9 +114,7 @@ def _open_url(url: str) -> Iterator[Any]:
                 yield response
                 return
             target = str(response.url.join(response.headers["Location"]))
-        downgrade = address.startswith("https:") and not target.startswith("https:")
-        if downgrade or not is_permitted(target):
-            raise DownloadError(f"{url} redirects to {target}: only https addresses are fetched")
+        check_redirect(address, target)
         address = target
     raise DownloadError(f"{url} redirects more than {MAX_REDIRECTS} times")
 

@@ -118,10 +118,10 @@ def _choose_weights(available: list[str], source: Source) -> str:
     for name in WEIGHT_FILES:
         if name in available:
             return name
-    shown = ", ".join(sorted(available)[:12]) or "none"
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in sorted(available)[:12])
     raise FileNotInRepository(
         f"{source} has no weights that are read here ({', '.join(WEIGHT_FILES)}); "
-        f"its files: {shown}"
+        f"its files: {shown or 'none'}"
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zoo.hub.answers import is_hash
+from mlx_zoo.hub.keeping import cannot_keep
 
 log = logging.getLogger("mlx_zoo")
 
@@ -79,7 +80,7 @@ class Pins:
             ):
                 raise ValueError("not a record of files")
             return {"revisions": revisions, "commits": commits}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             log.warning("%s is not used: %s", self.path, e)
@@ -93,7 +94,7 @@ class Pins:
             part.write_text(text, encoding="utf-8")
             os.replace(part, self.path)
         except OSError as error:
-            log.warning("%s could not be written: %s", self.path, error)
+            cannot_keep(self.path.parent.parent, error)
             with suppress(OSError):
                 part.unlink()
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from mlx_zoo.errors import DownloadError, IntegrityError
 from mlx_zoo.hub.answers import (
     check_commit,
     check_etag,
+    check_redirect,
     check_space,
     discard,
     is_hash,
@@ -30,6 +30,7 @@ from mlx_zoo.hub.answers import (
 )
 from mlx_zoo.hub.asking import TIMEOUT, ask, is_offline, is_transient, not_cached
 from mlx_zoo.hub.cache import cache_root
+from mlx_zoo.hub.keeping import places_of, writable
 from mlx_zoo.hub.pins import Pins
 from mlx_zoo.hub.source import HubSource, is_permitted
 
@@ -138,11 +139,9 @@ class Repository:
         """One call: the commit of a revision, and the names of its files."""
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=self.endpoint)
-        info = self._ask(
-            lambda: api.model_info(self.repo, revision=revision, timeout=TIMEOUT), self.endpoint
-        )
-        commit = check_commit(info.sha, self.endpoint)
+        api, url = HfApi(endpoint=self.endpoint), f"{self.endpoint}/api/models/{self.repo}"
+        info = self._ask(lambda: api.model_info(self.repo, revision=revision, timeout=TIMEOUT), url)
+        commit = check_commit(info.sha, url)
         if info.siblings is None:
             raise DownloadError(f"{self.endpoint} does not list the files of {self.source}")
         return commit, [str(sibling.rfilename) for sibling in info.siblings]
@@ -157,7 +156,11 @@ class Repository:
         """A path (str) in the client's cache; None: not there; else known not to exist."""
         from huggingface_hub import try_to_load_from_cache
 
-        return try_to_load_from_cache(self.repo, name, cache_dir=self.cache, revision=commit)
+        found = [
+            try_to_load_from_cache(self.repo, name, cache_dir=place, revision=commit)
+            for place in places_of(self.cache)
+        ]
+        return next((path for path in found if isinstance(path, str)), found[0])
 
     def _cached(self, commit: str, name: str) -> Path | None:
         found = self._look_up(commit, name)
@@ -172,7 +175,7 @@ class Repository:
             return path, known
         where = f"{name} of {self.repo} at {commit}"
         etag: str | None
-        for _ in range(2):
+        for retry in (True, False):
             if path is None:
                 path, etag = self._download(commit, name)
             else:
@@ -187,7 +190,8 @@ class Repository:
                 raise DownloadError(f"{where} is {looks}")
             if self.offline:
                 break
-            log.warning("%s does not have the hash %s: deleted", where, etag)
+            if retry:
+                log.warning("%s does not have the hash %s: deleted, fetched again", where, etag)
             path = None
         raise IntegrityError(
             f"{where}: the bytes have sha256 {found}, but the hub promises {etag}. "
@@ -213,17 +217,19 @@ class Repository:
         if self.offline:
             raise not_cached(self.source, name)
         metadata = self._head(commit, name)
-        check_space(metadata.size or 0, self.cache)
+        folder = writable(self.cache)
+        check_space(metadata.size or 0, folder)
         self._ask(
             lambda: hf_hub_download(
-                self.repo, name, revision=commit, cache_dir=self.cache, endpoint=self.endpoint
+                self.repo, name, revision=commit, cache_dir=folder, endpoint=self.endpoint
             ),
             f"{self.endpoint}/{self.repo}/resolve/{commit}/{name}",
+            commit,
             client_retries=True,
         )
         path = self._cached(commit, name)
         if path is None:
-            raise DownloadError(f"{self.endpoint} gave {name} of {self.repo} another commit")
+            raise DownloadError(f"{name} of {self.repo} is not in {folder} any more: try again")
         return path, metadata.etag
 
     def _head(self, commit: str, name: str) -> Any:
@@ -232,7 +238,7 @@ class Repository:
 
         url = hf_hub_url(self.repo, name, revision=commit, endpoint=self.endpoint)
         metadata = self._ask(
-            lambda: get_hf_file_metadata(url, endpoint=self.endpoint, timeout=TIMEOUT), url
+            lambda: get_hf_file_metadata(url, endpoint=self.endpoint, timeout=TIMEOUT), url, commit
         )
         if metadata.etag is None or metadata.commit_hash is None:
             raise DownloadError(
@@ -240,18 +246,27 @@ class Repository:
                 "Check HF_ENDPOINT and any proxy"
             )
         check_etag(metadata.etag, url)
-        if check_commit(metadata.commit_hash, url) != commit:
-            raise DownloadError(f"{url} answers for another commit, {metadata.commit_hash}")
-        host = urlsplit(metadata.location).hostname
-        if host != urlsplit(self.endpoint).hostname and not is_permitted(metadata.location):
-            raise DownloadError(f"{url} redirects to {metadata.location}: only https is fetched")
+        check_commit(metadata.commit_hash, url)
+        check_redirect(url, metadata.location)
         return replace(metadata, etag=metadata.etag.lower())
 
-    def _ask(self, action: Callable[[], _T], url: str, client_retries: bool = False) -> _T:
+    def _ask(
+        self,
+        action: Callable[[], _T],
+        url: str,
+        commit: str | None = None,
+        client_retries: bool = False,
+    ) -> _T:
         """`ask`, with every answer looked at before the client acts on it."""
+        if not is_permitted(url):
+            raise DownloadError(
+                f"{url}: only https addresses are asked. HF_ENDPOINT={self.endpoint} is another; "
+                "plain http may not leave this machine"
+            )
 
         def watched() -> _T:
-            with watched_client():  # for each try: the client makes a new session when it likes
+            # For each try: the client makes a new session when it likes.
+            with watched_client(commit):
                 return action()
 
         return ask(watched, self.source, url, self.cache, client_retries)
