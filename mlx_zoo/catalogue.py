@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
 from mlx_zoo.preprocess.image import Preprocessing
@@ -111,6 +113,19 @@ class Architecture:
         """How a network of that config is written in a dialect."""
         found = self.dialects[dialect]
         return found if isinstance(found, Spec) else found(config)
+
+    def outline(self, config: Any) -> Any:
+        """A network for the names and shapes of its parameters alone: nothing is allocated.
+
+        MLX draws lazily, but each draw moves its random state: it is put back, so that nobody's
+        numbers depend on it and its moves do not pile up.
+        """
+        state: Any = mx.random.state
+        high, low = state[0].tolist()
+        try:
+            return self.model(config)
+        finally:
+            mx.random.seed(high << 32 | low)
 
     def fingerprint(self, config: Any) -> str:
         """Changes when any dialect changes, and with it what a conversion yields."""

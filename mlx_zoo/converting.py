@@ -170,7 +170,7 @@ def _convert(key: str, origin: Origin, request: Request, place: Place) -> Conver
 
 def network(architecture: Architecture, config: Any, how: Quantization | None) -> nn.Module:
     """The network that such weights fill; nothing is allocated."""
-    model = architecture.model(config)
+    model = architecture.outline(config)
     return model if how is None else quantize_layers(model, how)
 
 
@@ -180,7 +180,7 @@ def _quantized(
     """The weights as the user wants them quantised, if at all, and which layers that were."""
     if request.quantize is None:
         return weights, None
-    model = request.architecture.model(config)
+    model = request.architecture.outline(config)
     model.load_weights(list(weights.items()), strict=True)
     quantize(model, request.quantize.bits, group_size=request.quantize.group_size)
     return engine.parameters(model), model.quantization
@@ -270,7 +270,7 @@ def _map(
     for wish in wishes:
         try:
             wish = architecture.fit(wish, frozenset(state))
-            model = architecture.model(wish)
+            model = architecture.outline(wish)
             dialect = choose_dialect(state, model, architecture, request.checkpoint)
             weights = engine.to_mlx(state, model, architecture.spec(dialect, wish))
         except MappingError as error:
@@ -278,11 +278,7 @@ def _map(
             continue
         return _cast(weights, request), wish, dialect
     assert failure is not None
-    random: Any = mx.random.state
-    high, low = random[0].tolist()
-    same = _variants_of(state, request)
-    mx.random.seed(high << 32 | low)  # as before: that networks were outlined, none must notice
-    if same:
+    if same := _variants_of(state, request):
         remedy = f"these are the tensors of {', '.join(same)}, which load({same[0]!r}, ...) reads"
         raise MappingError(f"{failure.message}; {remedy}", failure.problems) from failure
     raise failure
@@ -299,11 +295,11 @@ def _variants_of(state: Mapping[str, mx.array], request: Request) -> list[str]:
     @once
     def fits(config: Any) -> bool:
         spec = architecture.spec(dialect, config)
-        return not engine.mismatches(outline, architecture.model(config), spec)
+        return not engine.mismatches(outline, architecture.outline(config), spec)
 
     own = body(request.config)
     candidates = _candidates(own, architecture, checkpoint)
-    dialect = _nearest(state, architecture.model(own), candidates)
+    dialect = _nearest(state, architecture.outline(own), candidates)
     if fits(own):  # something else is wrong: a type, a head
         return []
     variants = architecture.variants.items()

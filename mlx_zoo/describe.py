@@ -220,14 +220,19 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     try:
         checkpoint = read_config(config, name)
         architecture = registry.architectures()[checkpoint.architecture]
-        architecture.model(checkpoint.config)  # lazy: nothing is allocated
+        architecture.outline(checkpoint.config)  # refuses what the network does not have
         processor = files.get("preprocessor_config.json")
         if processor and architecture.inputs == "images" and checkpoint.preprocessing is None:
             how = read_processor(read_json(processor), config.get("model_type"))
             checkpoint = replace(checkpoint, preprocessing=how)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
-    return replace(checkpoint, source=str(source), revision=fetched.revision or None)
+    return replace(
+        checkpoint,
+        source=str(source),
+        revision=fetched.revision or None,
+        license=checkpoint.license or fetched.license,
+    )
 
 
 def source_of(checkpoint: Checkpoint) -> Source:

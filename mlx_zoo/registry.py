@@ -134,7 +134,9 @@ def num_parameters(checkpoint: Checkpoint) -> int:
     """As published; where that is not known, of the network itself (nothing is allocated)."""
     if checkpoint.num_params is not None:
         return checkpoint.num_params
-    return engine.num_parameters(architectures()[checkpoint.architecture].model(checkpoint.config))
+    return engine.num_parameters(
+        architectures()[checkpoint.architecture].outline(checkpoint.config)
+    )
 
 
 def of_model(model: nn.Module) -> Architecture:

@@ -63,6 +63,7 @@ class LocalHub:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repo -> commit -> files
         self.branches: dict[str, dict[str, str]] = {}  # repo -> branch -> commit
         self.plain: dict[str, bytes] = {}
+        self.licenses: dict[str, str] = {}  # repo -> as its card says
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.token = "hf_local"  # opens gated and private repositories
@@ -230,6 +231,8 @@ class _Answer(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": name} for name in files]
             answer = {"id": repo, "sha": commit, "siblings": siblings}
+            if repo in self.hub.licenses:
+                answer["tags"] = ["mlx", f"license:{self.hub.licenses[repo]}"]
             if self.fault and "sha" in self.fault.headers:
                 answer["sha"] = self.fault.headers["sha"]
         if self.fault and self.fault.kind == "body":

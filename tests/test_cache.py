@@ -509,7 +509,7 @@ def test_row_22_an_entry_that_is_harmed_while_it_is_read(harm, when, cache, righ
 
     place, name = {
         "checked": (cache_module, "check"),
-        "opened": (checkpoint, "_read_with_numpy"),
+        "opened": (checkpoint, "read_safetensors"),
         "read": (cache_module, "read_weights"),
     }[when]
     action = getattr(place, name)

@@ -839,25 +839,36 @@ def test_row_13_redirects_stay_on_permitted_addresses(hub):
 # ----------------------------------------------------------------------------- only https
 
 
-@pytest.mark.parametrize(
-    "endpoint", ["http://example.com", "http://127.0.0.1.example.com", "ftp://x", "example.com"]
-)
-def test_an_endpoint_without_https_is_not_asked(hub, monkeypatch, tmp_path, endpoint):
+@pytest.mark.parametrize("endpoint", ["ftp://example.com", "file:///etc", "example.com", "//x"])
+def test_an_endpoint_of_another_kind_is_not_asked(hub, monkeypatch, endpoint):
     warm = fetch_weights(SOURCE)
     hub.requests.clear()
     monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: pytest.fail("asked"))
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     for source, name in ((HubSource("org/other"), None), (at("main"), None), (SOURCE, "vocab.txt")):
-        with pytest.raises(DownloadError, match=f"only https.*HF_ENDPOINT={endpoint}"):
+        with pytest.raises(DownloadError, match=f"HF_ENDPOINT={endpoint}"):
             fetch_files(source, [name]) if name else fetch_weights(source)
     assert fetch_weights(SOURCE) == warm  # which asks nobody
     assert hub.requests == []
 
 
-@pytest.fixture
-def https(hub, monkeypatch):
-    """The hub at https://hub.test, without the encryption; a list of what was asked."""
-    asked = []
+def test_a_configured_endpoint_may_lack_https_with_a_warning(hub, monkeypatch, caplog):
+    """Such a hub may send on within itself, and nowhere else without https."""
+    asked = serve_as("http://hub.test", hub, monkeypatch)
+    assert fetch_weights(SOURCE).sha256 == {"model.safetensors": sha256(WEIGHTS)}
+    assert all(url.startswith("http://hub.test/") for url in asked)
+    (warning,) = [r.getMessage() for r in caplog.records if "without https" in r.getMessage()]
+    assert "http://hub.test" in warning
+    there = {"Location": "http://example.com/x"}
+    hub.fault("/api/models/org/other", "status", status=302, times=9, headers=there)
+    with pytest.raises(DownloadError, match=r"redirects to http.*only https"):
+        fetch_weights(HubSource("org/other"))
+    assert all(url.startswith("http://hub.test/") for url in asked)
+
+
+def serve_as(endpoint: str, hub, monkeypatch) -> list[str]:
+    """Have the hub answer at another address, without any encryption; a list of what was asked."""
+    asked: list[str] = []
     transport = type(huggingface_hub.utils.get_session()._transport)
 
     def handle(self, request, handle=transport.handle_request):
@@ -869,9 +880,15 @@ def https(hub, monkeypatch):
         return handle(self, again)
 
     monkeypatch.setattr(transport, "handle_request", handle)
-    hub.endpoint = "https://hub.test"
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.endpoint = endpoint
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
     return asked
+
+
+@pytest.fixture
+def https(hub, monkeypatch):
+    """The hub at https://hub.test; a list of what was asked."""
+    return serve_as("https://hub.test", hub, monkeypatch)
 
 
 def test_https_throughout(hub, https):

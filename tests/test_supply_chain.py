@@ -10,9 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hub_server import LocalHub
+from originals import randomise
 
 import mlx_zoo
 from mlx_zoo import converting, registry
+from mlx_zoo.verify.reference import import_torchvision
+
+import_torchvision()
+import transformers  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +27,13 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mlx_zoo.__file__).parent
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def requirements() -> list[str]:
@@ -134,3 +147,26 @@ def test_a_licence_that_forbids_commercial_use_is_said_before_the_download(
     with caplog.at_level(logging.WARNING, "mlx_zoo"), pytest.raises(Download) as before:
         mlx_zoo.load("resnet18.a1_in1k", pretrained=True, cache_dir=tmp_path)
     assert before.value.args == ()
+
+
+def test_a_repository_that_nobody_here_knows_has_the_licence_of_its_card(
+    monkeypatch, caplog, tmp_path
+):
+    original = randomise(transformers.BertModel(transformers.BertConfig(**SMALL)))
+    original.save_pretrained(tmp_path / "bert")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "bert").iterdir()}
+    converting.warn_once.cache_clear()
+    with LocalHub() as hub:
+        hub.push("org/name", files)
+        hub.push("org/free", files)
+        hub.licenses = {"org/name": "cc-by-nc-sa-4.0", "org/free": "\x1b[2Jmit"}
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        assert mlx_zoo.info("org/name").license == "cc-by-nc-sa-4.0"
+        assert mlx_zoo.info("org/free").license is None  # nothing that a terminal might obey
+        assert not caplog.records
+        model = mlx_zoo.load("org/name", pretrained=True)
+        mlx_zoo.load("org/name", pretrained=True)
+        mlx_zoo.load("org/free", pretrained=True)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "org/name: the licence of these weights, cc-by-nc-sa-4.0, does not allow" in said
+    assert model.checkpoint.license == "cc-by-nc-sa-4.0"

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlx_zoo.errors import DownloadError, IntegrityError
 from mlx_zoo.hub.source import is_permitted
@@ -50,9 +51,11 @@ def check_etag(etag: str, url: str) -> None:
 
 
 def check_redirect(address: str, target: str) -> None:
-    """Raise DownloadError for a way that leads away from https."""
+    """Raise DownloadError for a way that leads away from https, or from a hub without it."""
     downgrade = address.startswith("https:") and not target.startswith("https:")
-    if downgrade or not is_permitted(target):
+    one, other = urlsplit(address), urlsplit(target)
+    stays = (one.scheme, one.netloc) == (other.scheme, other.netloc)
+    if downgrade or not (stays or is_permitted(target)):
         raise DownloadError(f"{address} redirects to {target}: only https addresses are fetched")
 
 

@@ -151,13 +151,11 @@ def read_weights(entry: Entry) -> dict[str, mx.array]:
 
     Raises OSError where it is gone, or is no longer the file that was checked.
     """
-    from mlx_zoo.hub.checkpoint import _read_with_numpy
+    from mlx_zoo.hub.checkpoint import read_safetensors
 
     try:
-        # Not by mx.load, which reads late: where the file is shorter by then, what is evaluated
-        # after that fails too, or waits for ever.
-        weights = _read_with_numpy(entry.weights, read_header(entry.weights))
-    except (ValueError, MLXZooError) as error:
+        weights = read_safetensors(entry.weights, read_header(entry.weights))
+    except MLXZooError as error:
         raise OSError(f"{entry.weights}: {error}") from error
     if _state(entry.weights) != entry.seen:
         raise OSError(f"{entry.weights} was replaced while it was read")

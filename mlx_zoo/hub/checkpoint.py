@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -85,34 +84,31 @@ def check_index(index: Path, names_by_file: Mapping[str, Collection[str]]) -> No
 def _read_file(path: Path) -> dict[str, mx.array]:
     kind = looks_like(_read(path, 512))
     if kind == "a safetensors file":
-        header = read_header(path)
-        return _load_safetensors(path, header)
+        return read_safetensors(path, read_header(path))
     if kind in ("a zip archive", "a pickle", "a tar archive"):
         return read_tensors(path)
     error = other_kind(kind)
     raise type(error)(f"{path}: {error}")
 
 
-def _load_safetensors(path: Path, header: Header) -> dict[str, mx.array]:
-    if any(info.dtype == "F64" for info in header.tensors.values()):
-        return _read_with_numpy(path, header)  # mx.load refuses a file with any float64 in it
-    try:
-        arrays: Any = mx.load(str(path), format="safetensors")
-        return arrays
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+def read_safetensors(path: Path, header: Header) -> dict[str, mx.array]:
+    """The tensors of a file, in memory, in their own types.
 
-
-def _read_with_numpy(path: Path, header: Header) -> dict[str, mx.array]:
+    Not by mx.load: it reads when an array is evaluated, and where the file is shorter by then, what
+    is evaluated after it fails too, or waits for ever. Raises CheckpointError.
+    """
     tensors = {}
-    with path.open("rb") as file:
-        for name, info in header.tensors.items():
-            begin, end = info.offsets
-            file.seek(header.data_start + begin)
-            data = np.frombuffer(file.read(end - begin), NUMPY_DTYPES[info.dtype])
-            dtype = mx.float64 if info.dtype == "F64" else None  # float32 unless told
-            array = mx.array(data.reshape(info.shape), dtype=dtype)
-            tensors[name] = array.view(mx.bfloat16) if info.dtype == "BF16" else array
+    try:
+        with path.open("rb") as file:
+            for name, info in header.tensors.items():
+                begin, end = info.offsets
+                file.seek(header.data_start + begin)
+                data = np.frombuffer(file.read(end - begin), NUMPY_DTYPES[info.dtype])
+                dtype = mx.float64 if info.dtype == "F64" else None  # float32 unless told
+                array = mx.array(data.reshape(info.shape), dtype=dtype)
+                tensors[name] = array.view(mx.bfloat16) if info.dtype == "BF16" else array
+    except (OSError, ValueError) as error:  # it changed since its header was read
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return tensors
 
 

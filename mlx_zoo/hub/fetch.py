@@ -39,11 +39,13 @@ class Fetched:
     files: name in the repository (or file name) -> local path.
     revision: the commit on the hub; "" for what does not come from there.
     sha256: name -> hash of the bytes, checked against the publisher's where there is one.
+    license: as the repository's card says, where it does.
     """
 
     files: dict[str, Path]
     revision: str
     sha256: dict[str, str]
+    license: str | None = None
 
     @property
     def index(self) -> Path | None:
@@ -134,7 +136,8 @@ def _shards(fetched: Fetched) -> tuple[str, ...]:
 
 
 def _fetch_from_hub(repository: Repository, commit: str, names: Iterable[str]) -> Fetched:
-    return _collect(names, lambda name: repository.fetch(commit, name), revision=commit)
+    found = _collect(names, lambda name: repository.fetch(commit, name), revision=commit)
+    return replace(found, license=repository.license(commit))
 
 
 def _fetch_single(

@@ -2,7 +2,7 @@
 
     revisions    branch or tag -> the commit it stood for
     commits      commit -> its `files` (names, or null: never asked) and those that were `verified`
-                 (name -> sha256, with the size and time that the file had then)
+                 (name -> sha256, with the size and time that the file had then); its `license`
 
 It saves questions and hashing, so a damaged record is not believed, and one that cannot be written
 is no error.
@@ -38,6 +38,10 @@ class Pins:
     def files_of(self, commit: str) -> list[str] | None:
         return self._row(commit).get("files")
 
+    def license_of(self, commit: str) -> str | None:
+        found = self._row(commit).get("license")
+        return found if isinstance(found, str) else None
+
     def verified_sha256(self, commit: str, name: str, path: Path) -> str | None:
         """The sha256 that was found for the file at `path`, unless it has changed since."""
         seen = self._row(commit).get("verified", {}).get(name)
@@ -51,6 +55,7 @@ class Pins:
         *,
         branch: str | None = None,
         files: list[str] | None = None,
+        license: str | None = None,
         verified: tuple[str, Path, str] | None = None,
     ) -> None:
         """Add what was learnt; `verified` is a file's name, its path and its sha256."""
@@ -59,7 +64,7 @@ class Pins:
             pins["revisions"][branch] = commit
         row = pins["commits"].setdefault(commit, {"files": None, "verified": {}})
         if files is not None:
-            row["files"] = files
+            row |= {"files": files, "license": license}
         if verified is not None:
             name, path, sha256 = verified
             row["verified"][name] = {"sha256": sha256, **_stamp(path)}

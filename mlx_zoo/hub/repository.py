@@ -12,10 +12,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache as once
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mlx_zoo.errors import DownloadError, IntegrityError
 from mlx_zoo.hub.answers import (
@@ -35,6 +38,7 @@ from mlx_zoo.hub.pins import Pins
 from mlx_zoo.hub.source import HubSource, is_permitted
 
 log = logging.getLogger("mlx_zoo")
+_LICENSE = re.compile(r"license:([\w.+-]{1,80})")
 _T = TypeVar("_T")
 
 
@@ -97,14 +101,18 @@ class Repository:
         if pinned and revision is None:
             return pinned
         try:
-            commit, files = self._ask_for_commit(revision)
+            commit, known = self._ask_for_commit(revision)
         except DownloadError as error:
             if pinned is None or not is_transient(error.__cause__):
                 raise
             log.warning("%s; using commit %s of %s, pinned earlier", error, pinned, self.repo)
             return pinned
-        self.pins.record(commit, branch=branch, files=files)
+        self.pins.record(commit, branch=branch, **known)
         return commit
+
+    def license(self, commit: str) -> str | None:
+        """What the repository's card says, if the hub was asked about that commit."""
+        return self.pins.license_of(commit)
 
     def files_at_hand(self, commit: str, wanted: Iterable[str]) -> list[str]:
         """The names of a commit's files, or of those `wanted` that a cache without a list has."""
@@ -131,12 +139,12 @@ class Repository:
         known = self.pins.files_of(commit)
         if known is not None or self.offline:
             return known
-        _, files = self._ask_for_commit(commit)
-        self.pins.record(commit, files=files)
-        return files
+        _, known_now = self._ask_for_commit(commit)
+        self.pins.record(commit, **known_now)
+        return known_now["files"]
 
-    def _ask_for_commit(self, revision: str | None) -> tuple[str, list[str]]:
-        """One call: the commit of a revision, and the names of its files."""
+    def _ask_for_commit(self, revision: str | None) -> tuple[str, dict[str, Any]]:
+        """One call: the commit of a revision; the names of its files, and its licence."""
         from huggingface_hub import HfApi
 
         api, url = HfApi(endpoint=self.endpoint), f"{self.endpoint}/api/models/{self.repo}"
@@ -144,7 +152,9 @@ class Repository:
         commit = check_commit(info.sha, url)
         if info.siblings is None:
             raise DownloadError(f"{self.endpoint} does not list the files of {self.source}")
-        return commit, [str(sibling.rfilename) for sibling in info.siblings]
+        files = [str(sibling.rfilename) for sibling in info.siblings]
+        found = (_LICENSE.fullmatch(str(tag)) for tag in info.tags or ())
+        return commit, {"files": files, "license": next((tag[1] for tag in found if tag), None)}
 
     def _client_ref(self, branch: str) -> str | None:
         """The commit that another program of the user fetched through the same hub cache."""
@@ -258,11 +268,7 @@ class Repository:
         client_retries: bool = False,
     ) -> _T:
         """`ask`, with every answer looked at before the client acts on it."""
-        if not is_permitted(url):
-            raise DownloadError(
-                f"{url}: only https addresses are asked. HF_ENDPOINT={self.endpoint} is another; "
-                "plain http may not leave this machine"
-            )
+        _check_endpoint(self.endpoint)
 
         def watched() -> _T:
             # For each try: the client makes a new session when it likes.
@@ -270,6 +276,18 @@ class Repository:
                 return action()
 
         return ask(watched, self.source, url, self.cache, client_retries)
+
+
+@once
+def _check_endpoint(endpoint: str) -> None:
+    """The hub that the user configured may be one without https. Nothing else may."""
+    if is_permitted(endpoint):
+        return
+    if urlsplit(endpoint).scheme != "http":
+        raise DownloadError(f"HF_ENDPOINT={endpoint} is not the address of a hub: https://...")
+    log.warning(
+        "HF_ENDPOINT=%s: without https, others can read your token and alter files", endpoint
+    )
 
 
 def _hashes(path: Path, etag: str | None) -> tuple[str, bool]:
