@@ -23,6 +23,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from faults import DIGITS
+from faults import TIMM_CONFIG as PUBLISHED
 from hub_server import LocalHub, sha256
 from huggingface_hub import constants
 from originals import proven, randomise
@@ -55,21 +57,7 @@ import sentence_transformers.sentence_transformer.modules  # noqa: E402
 import timm  # noqa: E402
 import transformers  # noqa: E402
 
-DIGITS = "resnet_digits"
-TIMM_CONFIG = {
-    "architecture": DIGITS,
-    "num_classes": 10,
-    "num_features": 48,
-    "pretrained_cfg": {
-        "input_size": [1, 32, 32],
-        "mean": [0.3057],
-        "std": [0.3235],
-        "interpolation": "bicubic",
-        "crop_pct": 0.8,
-        "license": "mit",
-    },
-    "label_names": list("0123456789"),
-}
+TIMM_CONFIG = {**PUBLISHED, "label_names": list("0123456789")}
 BERT_NAME = "google-bert/bert-base-uncased"
 
 

@@ -429,7 +429,7 @@ class Target:
     def read(self, data: bytes):
         self.path.write_bytes(data)
         header = safetensors_header.read_header(self.path)
-        arrays = checkpoint._load_safetensors(self.path, header)
+        arrays = checkpoint.read_safetensors(self.path, header)
         mx.eval(arrays)
         mx.clear_cache()
         return header, arrays
