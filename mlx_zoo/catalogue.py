@@ -19,10 +19,11 @@ from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping.spec import Spec
 from mlx_zoo.preprocess.image import Preprocessing
 
+MAX_SIDE = 10_000  # pixels: a config is a stranger's, and images of such a size may be made
 DATA = Path(__file__).parent / "data"  # what ships with the package
 
 # In the name of a licence that forbids commercial use, or allows research alone (Apple's AMLR).
-NON_COMMERCIAL = re.compile(r"\b(nc|non-?commercial|research|amlr)\b")
+NON_COMMERCIAL = re.compile(r"(?<![a-z])(nc|non[-_ ]?commercial|research|amlr)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,10 @@ def timm_resize(size: int, crop_pct: str | float) -> int:
 def as_size(size: Any) -> int | tuple[int, int]:
     """Sides (H, W) of images as a config has them: one number for a square.
 
-    ValueError for anything but whole numbers above 0.
+    ValueError for anything but whole numbers from 1 to 10,000.
     """
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
         raise ValueError(f"img_size={size!r}: a side in pixels, or (H, W), is needed")
     return sides[0] if sides[0] == sides[1] else sides
 

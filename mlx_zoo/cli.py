@@ -23,7 +23,7 @@ import mlx_zoo
 from mlx_zoo import registry
 from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
-from mlx_zoo.errors import MLXZooError
+from mlx_zoo.errors import MLXZooError, legible
 from mlx_zoo.hub import cache as store
 from mlx_zoo.mapping import engine
 
@@ -42,14 +42,21 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
             expected = isinstance(error, (MLXZooError, ValueError, OSError))
             text = str(error) if expected else f"{type(error).__name__}: {error} (see --debug)"
-            raise click.ClickException(text) from error
+            raise click.ClickException(legible(text)) from error
+
+
+class Legible(logging.Formatter):
+    """Log records quote what strangers wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return legible(super().format(record))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +64,9 @@ class Group(click.Group):
 @click.version_option(mlx_zoo.__version__)
 def main(debug: bool) -> None:
     """Famous pretrained networks for Apple's MLX."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Legible("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 # Shared options ---------------------------------------------------------------------------------
@@ -99,7 +108,9 @@ def load_options(*, pretrained: str | None, offline: bool, **same: Any) -> dict[
 
 
 def show(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
+    from mlx_zoo.verify.report import plain
+
+    click.echo(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
 # Commands ---------------------------------------------------------------------------------------
@@ -207,7 +218,7 @@ def convert(name: str, folder: Path, as_json: bool, **chosen: Any) -> None:
     if as_json:
         show({"folder": str(path), "files": files})
     else:
-        click.echo(f"{path}: {', '.join(files)}\nload it with: local-dir:{path}")
+        click.echo(legible(f"{path}: {', '.join(files)}\nload it with: local-dir:{path}"))
 
 
 @main.command()
@@ -277,12 +288,12 @@ def verify(
         evidence=evidence,
         **options,
     )
-    if html:
-        html.write_text(report.to_html(), encoding="utf-8")
     if as_json:
         click.echo(report.to_json())
     else:
         console().print(report)
+    if html:
+        html.write_text(report.to_html(), encoding="utf-8")
     if not report.passed:
         sys.exit(1)
 
@@ -351,11 +362,11 @@ def _verdicts(found: Sequence[Verdict]) -> Table:
         row = verdict.to_json()
         biggest, times = row["max_abs"], row["times_pytorch"]
         table.add_row(
-            *(Text(row[key]) for key in ("name", "source", "dtype")),
+            *(Text(legible(row[key])) for key in ("name", "source", "dtype")),
             Text(row["verdict"], style="green" if verdict.passed else "bold red"),
             "-" if biggest is None else f"{biggest:.1e}",
             "-" if times is None else f"{times:.2f}",
-            Text(row["evidence"] if verdict.passed else verdict.reason),
+            Text(legible(row["evidence"] if verdict.passed else verdict.reason)),
             f"{verdict.seconds:.1f}",
         )
     return table
@@ -405,9 +416,9 @@ def predict(
         show([{"input": text, "answer": answer} for text, answer in pairs])
         return
     for text, found in zip(inputs, answers, strict=True):
-        click.echo(text)
+        click.echo(legible(text))
         for answer in found if isinstance(found, list) else [found]:
-            click.echo(_line(answer))
+            click.echo(legible(_line(answer)))
 
 
 def _usual_task(checkpoint: Checkpoint) -> str:
@@ -478,7 +489,7 @@ def generate(
     ):
         tokens.append(token)
         if not as_json:
-            click.echo(token.text, nl=False)
+            click.echo(legible(token.text), nl=False)
     if not as_json:
         click.echo()
         return
@@ -537,7 +548,9 @@ def cache_list(cache_dir: Path | None, as_json: bool) -> None:
         verdict = "-" if done is None else ("yes" if done.get("passed") else "FAILED")
         made = str(entry.manifest.get("created", ""))[:10]
         source = str(entry.manifest.get("source"))
-        table.add_row(Text(name), Text(source), made, f"{entry.size / 1e6:.1f}", verdict)
+        table.add_row(
+            Text(legible(name)), Text(legible(source)), made, f"{entry.size / 1e6:.1f}", verdict
+        )
     console().print(table)
     click.echo(f"{len(entries)} in {root}")
     if downloads:
@@ -561,7 +574,7 @@ def cache_verify(cache_dir: Path | None, as_json: bool) -> None:
         show({"checked": len(entries), "damaged": problems})
     else:
         for path, problem in problems.items():
-            click.echo(f"{path}: {problem}", err=True)
+            click.echo(legible(f"{path}: {problem}"), err=True)
         click.echo(f"{len(entries) - len(problems)} of {len(entries)} are whole")
     if problems:
         sys.exit(1)
@@ -740,5 +753,5 @@ def _print_facts(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, fact in facts.items():
         if fact not in (None, ""):
-            table.add_row(name, Text(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+            table.add_row(name, Text(f"{fact:,}" if isinstance(fact, int) else legible(str(fact))))
     console().print(table)

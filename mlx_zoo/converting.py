@@ -79,6 +79,7 @@ class Origin:
     identity: Any  # a commit, a pinned address, or hashes
     config: Any
     fetched: Fetched | None  # what is at hand already: local files
+    parts: Mapping[str, Fetched]  # and those in folders of their own
 
 
 def converted(request: Request, place: Place) -> Converted:
@@ -124,7 +125,7 @@ def _is_asked_for(config: Any, expected: Any, request: Request) -> bool:
 
 
 def _origin(source: Source, request: Request, place: Place) -> Origin:
-    fetched = None
+    fetched, parts = None, {}
     if isinstance(source, HubSource):  # a commit says what the bytes are
         commit = request.checkpoint.revision or resolve_revision(source, **place.options)
         source = HubSource(source.repo, commit)
@@ -141,16 +142,17 @@ def _origin(source: Source, request: Request, place: Place) -> Origin:
     config = request.architecture.read_files(config, files)
     if fetched is not None:
         folders = request.architecture.parts(config)
-        parts = [_fetch_part(source, folder, place) for folder in folders]
-        identity = [identity, [sorted(part.sha256.values()) for part in parts]]
-    return Origin(source, identity, config, fetched)
+        parts = {folder: _fetch_part(source, folder, place) for folder in folders}
+        identity = [identity, [sorted(part.sha256.values()) for part in parts.values()]]
+    return Origin(source, identity, config, fetched, parts)
 
 
 def _convert(key: str, origin: Origin, request: Request, place: Place) -> Converted:
     fetched = origin.fetched or _fetch(origin.source, request, place)
     state = read_state_dict(fetched.weights, fetched.index)
+    fetched.check_unchanged()
     for folder, prefix in request.architecture.parts(origin.config).items():
-        state |= _part(origin.source, folder, prefix, place)
+        state |= _part(origin, folder, prefix, place)
     weights, config, dialect = _map(state, origin.config, request)
     nonfinite = engine.nonfinite(weights)
     _check_finite(nonfinite, request)
@@ -361,12 +363,13 @@ def _num_known(state: Mapping[str, mx.array], model: nn.Module, spec: Spec) -> i
     return sum(name.removeprefix(spec.prefix) in homes for name in state)
 
 
-def _part(source: Any, folder: str, prefix: str, place: Place) -> dict[str, mx.array]:
+def _part(origin: Origin, folder: str, prefix: str, place: Place) -> dict[str, mx.array]:
     """The weights of a module that a repository keeps in a folder of its own."""
-    files = _fetch_part(source, folder, place).files
-    if not files:
-        raise CheckpointError(f"{source} has no weights in {folder}")
-    state = read_state_dict([next(iter(files.values()))])
+    fetched = origin.parts.get(folder) or _fetch_part(origin.source, folder, place)
+    if not fetched.files:
+        raise CheckpointError(f"{origin.source} has no weights in {folder}")
+    state = read_state_dict([next(iter(fetched.files.values()))])
+    fetched.check_unchanged()
     return {prefix + name: x for name, x in state.items()}
 
 

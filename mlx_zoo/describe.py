@@ -22,7 +22,7 @@ from mlx_zoo.catalogue import (
     labels,
     timm_resize,
 )
-from mlx_zoo.errors import CheckpointError, UnknownModel, UnsupportedConfig
+from mlx_zoo.errors import CheckpointError, UnknownModel, UnsupportedConfig, legible
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.fetch import fetch_files
 from mlx_zoo.hub.source import (
@@ -156,7 +156,7 @@ def with_weights_of(
         return bare
     says = fetch_files(source, (), optional=("config.json", cache.MANIFEST), **place.options)
     if not says.files:
-        return bare
+        return replace(bare, license=says.license)
     own = read(source, place)
     if differences := _differences(own, checkpoint):
         raise CheckpointError(
@@ -196,8 +196,11 @@ def as_source(text: str) -> Source:
 
 
 def path_of(text: str) -> Path:
-    """The file or folder that a `package:` source names."""
-    return DATA / text.removeprefix("package:")
+    """The file or folder that a `package:` source names. Raises CheckpointError outside of it."""
+    path = DATA / text.removeprefix("package:")
+    if not path.resolve().is_relative_to(DATA.resolve()):
+        raise CheckpointError(f"{text} is not in the package")
+    return path
 
 
 def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
@@ -227,11 +230,24 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
             checkpoint = replace(checkpoint, preprocessing=how)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: config.json cannot be read: {error}") from error
+    return _legible(
+        replace(
+            checkpoint,
+            source=str(source),
+            revision=fetched.revision or None,
+            license=checkpoint.license or fetched.license,
+        )
+    )
+
+
+def _legible(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose texts, which a stranger wrote, are texts that a terminal may show."""
+    own = checkpoint.license
     return replace(
         checkpoint,
-        source=str(source),
-        revision=fetched.revision or None,
-        license=checkpoint.license or fetched.license,
+        name=legible(checkpoint.name),
+        license=legible(own) if isinstance(own, str) else None,
+        labels=tuple(legible(str(label)) for label in checkpoint.labels),
     )
 
 
@@ -371,6 +387,25 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     )
 
 
+def _check_original(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise CheckpointError for an original or stored outputs that the registry does not know.
+
+    Verification builds the one and opens the other, and a manifest may be a stranger's: a library's
+    constructor has options that load files.
+    """
+    alike = [c for c in registry.checkpoints().values() if c.architecture == architecture.name]
+    own = checkpoint.reference
+    if own is not None:
+        theirs = [c.reference for c in alike if c.reference and c.reference.library == own.library]
+        names = {*(original.name for original in theirs), *architecture.variants}
+        options = {*architecture.timm_args, *(name for x in theirs for name in x.options)}
+        if not theirs or own.name not in names or not set(own.options) <= options:
+            raise CheckpointError(f"{checkpoint.name}: its original, {own}, is none that is known")
+    stored = {c.evidence for c in alike if c.name == checkpoint.name}
+    if checkpoint.evidence not in {None, *stored}:
+        raise CheckpointError(f"{checkpoint.name}: no outputs were stored as {checkpoint.evidence}")
+
+
 def to_json(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
     """A checkpoint and the config of its converted weights, as JSON's types."""
     return {"checkpoint": asdict(checkpoint), "config": asdict(config)}
@@ -386,6 +421,10 @@ def from_json(manifest: Mapping[str, Any]) -> tuple[Checkpoint, Any]:
         for name, nested in (("reference", Reference), ("preprocessing", Preprocessing)):
             if values[name] is not None:
                 values[name] = config_from(nested, values[name])
-        return config_from(Checkpoint, values), config_from(kind, manifest["config"])
+        checkpoint = config_from(Checkpoint, values)
+        if not all(isinstance(text, str) for text in (checkpoint.name, checkpoint.source)):
+            raise TypeError("its name and source are texts")
+        _check_original(checkpoint, architecture)
+        return _legible(checkpoint), config_from(kind, manifest["config"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{cache.MANIFEST} is not one of mlx_zoo's: {error!r}") from error

@@ -6,8 +6,18 @@ A message says what happened, where, and what to do. (`ValueError` is used for a
 from __future__ import annotations
 
 
+def legible(text: str) -> str:
+    """`text` with escapes for what a terminal would obey or hide; lines stay lines."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class MLXZooError(Exception):
     """Base class of all errors of this package."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(legible(message))  # it may quote what a stranger wrote
 
 
 class UnknownModel(MLXZooError):
@@ -23,7 +33,7 @@ class MappingError(MLXZooError):
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()):
         self.message = message
-        self.problems = problems
+        self.problems = problems = tuple(legible(text).replace("\n", "\\n") for text in problems)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__("\n  ".join([f"{message}: {count}", *problems]) if problems else message)
 

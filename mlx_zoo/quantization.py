@@ -77,14 +77,19 @@ def quantize(model: nn.Module, bits: int = 8, *, group_size: int = 64) -> nn.Mod
 
 
 def quantize_layers(model: nn.Module, how: Quantization) -> nn.Module:
-    """Quantise exactly the layers that `how` names, in place; nothing is computed yet."""
+    """Quantise exactly the layers that `how` names, in place; nothing is computed yet.
+
+    On the CPU wherever the network is: the same bits come out on every machine, and CUDA's quantize
+    (mlx 0.32.4) reads transposed weights as if they were not.
+    """
     layers = frozenset(how.layers)
-    nn.quantize(
-        model,
-        group_size=how.group_size,
-        bits=how.bits,
-        class_predicate=lambda name, layer: name in layers,
-    )
+    with mx.stream(mx.cpu):
+        nn.quantize(
+            model,
+            group_size=how.group_size,
+            bits=how.bits,
+            class_predicate=lambda name, layer: name in layers,
+        )
     model.quantization = how
     return model
 

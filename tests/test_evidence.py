@@ -6,6 +6,7 @@ No evidence is no verdict; evidence of other weights is not used; and every kind
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from originals import randomise
+from safetensors.torch import load_file, save_file
 
 import mlx_zoo
 from mlx_zoo import registry
@@ -26,6 +28,8 @@ from mlx_zoo.hub import cache as store
 from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.preprocess.text import Tokenizer
 from mlx_zoo.verify import compare, published, reference, stored, sweep, verify
+from mlx_zoo.verify.cached import Verdict
+from mlx_zoo.verify.circumstances import circumstances
 from mlx_zoo.verify.device import DeviceReport, on_another_device
 from mlx_zoo.verify.evidence import Answer
 
@@ -199,6 +203,107 @@ def test_a_lesser_verification_does_not_replace_one_against_the_original(tmp_pat
     without_torch(monkeypatch)
     assert verify(model).passed
     assert model.entry.verification == before
+
+
+def test_a_failure_against_the_original_is_not_replaced_by_a_lesser_pass():
+    model = mlx_zoo.load("resnet_digits", pretrained=True)
+    assert verify(model).evidence_kind == "original"
+    store.stamp(model.entry, {**model.entry.verification, "passed": False})
+    assert verify(model, evidence="published").passed
+    assert model.entry.verification["passed"] is False
+    assert not stored.verified(model, model.entry)
+
+
+def test_a_file_that_has_changed_takes_no_fingerprint_away(tmp_path):
+    bert(tmp_path / "bert")
+    model = load(tmp_path / "bert", task="fill-mask")
+    verify(model)
+    folder = mlx_zoo.convert(model, tmp_path / "proven")
+    bert(tmp_path / "bert", seed=1)
+    for loaded in (model, load(folder, task="fill-mask")):
+        report = verify(loaded)
+        assert not report.passed
+        assert "model.safetensors is not the file that was converted" in " ".join(report.notes)
+        assert verify(loaded, evidence="fingerprint").passed
+
+
+def test_weights_that_are_quantised_as_they_are_read_are_other_weights(tmp_path):
+    bert(tmp_path / "bert")
+    model = load(tmp_path / "bert", task="fill-mask", verify=True)
+    folder = mlx_zoo.convert(model, tmp_path / "proven")
+    plain = load(folder, task="fill-mask")
+    assert stored.verified_here(plain, plain.entry)
+    few_bits = load(folder, task="fill-mask", quantize={"bits": 8, "group_size": 32})
+    assert not stored.verified_here(few_bits, few_bits.entry)
+
+
+def test_what_is_kept_of_a_failure_is_json(tmp_path):
+    bert(tmp_path / "bert")
+    state = load_file(tmp_path / "bert" / "model.safetensors")
+    state["bert.encoder.layer.1.output.dense.bias"][0] = float("nan")
+    save_file(state, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path / "bert", task="fill-mask", allow_nonfinite=True)
+    assert not verify(model).passed
+    found = json.loads((model.entry.path / "verification.json").read_text(), parse_constant=int)
+    assert found["passed"] is False
+    assert found["max_abs"] is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_short_texts(size, tmp_path):
+    bert(tmp_path / "bert")
+    assert verify(load(tmp_path / "bert", task="fill-mask"), size=size).passed
+
+
+def test_the_random_numbers_of_others_stay():
+    mx.random.seed(5)
+    torch.manual_seed(5)
+    state = mx.random.state[0].tolist(), torch.get_rng_state().tolist()
+    verify("resnet_digits")
+    verify("vit_digits", quantize=8)
+    assert (mx.random.state[0].tolist(), torch.get_rng_state().tolist()) == state
+
+
+def test_an_original_that_cannot_be_imported_gives_way_to_its_fingerprint(tmp_path, monkeypatch):
+    bert(tmp_path / "bert")
+    model = load(tmp_path / "bert", task="fill-mask")
+    verify(model)
+
+    def broken():
+        raise ImportError("planted")
+
+    monkeypatch.setattr(reference, "import_torchvision", broken)
+    report = verify(model)
+    assert report.evidence_kind == "fingerprint"
+    assert "the original cannot be run: planted" in report.notes
+    with pytest.raises(MissingDependency, match="transformers is broken: planted"):
+        verify(model, evidence="original")
+
+
+def test_what_is_not_used_is_said(tmp_path):
+    bert(tmp_path / "bert")
+    model = load(tmp_path / "bert", task="fill-mask")
+    verify(model, size=9, seed=2)
+    report = verify(model, evidence="fingerprint", size=5, seed=1)
+    assert "size and seed were not used" in " ".join(report.notes)
+    assert "(2, 9)" in report.inputs
+    with pytest.raises(ValueError, match="size=5: a quantised network"):
+        verify("vit_digits", quantize=8, size=5)
+
+
+def test_how_to_repeat_it_can_be_repeated(tmp_path):
+    checkpoint = replace(mlx_zoo.info("resnet_digits"), revision="abc")
+
+    def said(model, **options):
+        return circumstances(checkpoint, model, options)["repeat"]["Python"]
+
+    assert said("resnet18") == "mlx_zoo.verify('resnet18', revision='abc')"
+    assert said("hf-hub:a/b") == "mlx_zoo.verify('hf-hub:a/b', revision='abc')"
+    # These would be refused with a revision.
+    assert said("hf-hub:a/b@main") == "mlx_zoo.verify('hf-hub:a/b@main')"
+    assert "revision" not in said(f"local-dir:{tmp_path}")
+    assert "revision" not in said(tmp_path)
+    assert "revision" not in said("resnet18", pretrained="hf-hub:a/b")
 
 
 def test_a_converted_folder_takes_its_fingerprint_along(tmp_path, monkeypatch, cache):
@@ -379,8 +484,14 @@ def test_no_compared_value_is_no_pass():
     assert not few.judge("x", np.ones(4), "float32").passed
     far = Answer(np.ones(1), np.ones(1), index=np.array([9]))
     assert not far.judge("x", np.ones(4), "float32").passed
-    report = mlx_zoo.verify("resnet_digits")
-    assert not replace(report, outputs=(), layers=()).passed
+    ones, nines = np.ones(1), np.full(4, 9.0)
+    for odd in ({"scale": np.inf}, {"rounding": np.inf}, {"scale": np.nan}):
+        some = Answer(ones, ones, index=np.array([0]), shape=(4,), **odd)
+        assert not some.judge("x", nines, "float32").passed
+        assert not some.judge("x", nines, "float16").passed
+    report = replace(mlx_zoo.verify("resnet_digits"), outputs=(), layers=())
+    assert not report.passed
+    assert json.loads(report.to_json())["max_abs"] is None
 
 
 # ------------------------------------------------------------------------------ published figures
@@ -531,8 +642,6 @@ def test_the_command_line_turns_tf32_off_first(monkeypatch):
     monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     done = CliRunner().invoke(main, ["verify", "resnet_digits", "--device", "gpu"])
     assert done.exit_code == 1
-    import os
-
     assert os.environ["MLX_ENABLE_TF32"] == "0"
 
 
@@ -541,8 +650,12 @@ def test_another_device_has_the_cpu_beside_it(real, monkeypatch):
     module = sys.modules["mlx_zoo.verify"]
     monkeypatch.setattr(module, "_check_arguments", lambda *args: None)
     monkeypatch.setattr(module, "real_float32", lambda device: real)
-    monkeypatch.setattr(module, "_settle_float32", lambda: None)
+    seen = []
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    monkeypatch.setattr(stored, "keep", lambda *args: seen.append(os.environ["MLX_ENABLE_TF32"]))
     report = verify("resnet_digits", device="gpu")
+    assert seen == ["0"]
+    assert "MLX_ENABLE_TF32" not in os.environ
     assert report.passed
     assert report.cpu.passed
     assert "on the cpu: the same network" in " ".join(report.notes)
@@ -561,6 +674,8 @@ def test_a_device_whose_arithmetic_differs_is_no_plain_failure():
         "the same network, whose arithmetic on this gpu differs: float32"
     )
     assert "float32 on this gpu is not float32" in str(report).replace("\n", " ")
+    quantised = mlx_zoo.verify("vit_digits", quantize=8)
+    assert "note: on the cpu" in str(on_another_device(quantised, quantised, real=True))
     both = on_another_device(gpu, replace(passed, outputs=(coarse,)), real=True)
     assert both.reason.startswith("first divergence")
 
@@ -612,6 +727,24 @@ def test_a_sweep_says_of_each_what_was_found(cached):
     assert "blocks.0.mlp.fc1" in by_name["wrong"].reason
     assert "fingerprint" in by_name["unproven"].reason
     assert [x.name for x in found if x.passed] == ["good"]
+
+
+@pytest.mark.parametrize("odd", [{"source": 7}, {"source": None}, {"config": []}, 5])
+def test_a_sweep_survives_any_manifest(odd, cached):
+    entry = cached["good"].entry
+    manifest = dict(entry.manifest)
+    manifest["checkpoint"] = {**manifest["checkpoint"], **odd} if isinstance(odd, dict) else odd
+    (entry.path / "manifest.json").write_text(json.dumps(manifest))
+    wanted = {**WANTED, "good": "damaged"}
+    assert sorted(x.verdict for x in sweep()) == sorted(wanted.values())
+
+
+def test_a_verdict_is_json(tmp_path):
+    report = mlx_zoo.verify("resnet_digits")
+    odd = replace(report.outputs[0], max_abs=np.inf, error=np.inf)
+    verdict = Verdict(tmp_path, "x", "", "", "FAILED", "", 0.0, replace(report, outputs=(odd,)))
+    found = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+    assert (found["max_abs"], found["times_pytorch"]) == (None, None)
 
 
 def test_the_command_that_verifies_all(cached, tmp_path):

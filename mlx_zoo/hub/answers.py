@@ -67,7 +67,7 @@ def retry_after(headers: Any) -> float | None:
     value = (headers.get("Retry-After") or "").strip()
     if limit := _RATE_LIMIT.search(headers.get("RateLimit") or ""):
         value = limit[1]
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())

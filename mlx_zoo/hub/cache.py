@@ -24,6 +24,7 @@ import logging
 import os
 import platform
 import shutil
+import string
 import sys
 import time
 import uuid
@@ -62,8 +63,9 @@ class Entry:
     @property
     def verification(self) -> Mapping[str, Any] | None:
         """The latest verification of these weights, if any."""
+        file = self.path / VERIFICATION
         try:
-            found = json.loads((self.path / VERIFICATION).read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
@@ -122,7 +124,9 @@ def read_entry(path: Path) -> Entry:
 
     Raises OSError where there is no manifest, ValueError where it is something else.
     """
-    seen = _state(path / WEIGHTS)
+    seen = state_of(path / WEIGHTS)
+    if not (path / MANIFEST).is_file():  # nor a pipe, which would wait for a writer
+        raise FileNotFoundError(f"{path} has no {MANIFEST}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -137,6 +141,8 @@ def check(entry: Entry) -> None:
 
     The manifest has the hash of the weights; their header repeats what the manifest says.
     """
+    if not entry.weights.is_file():
+        raise MLXZooError(f"{WEIGHTS} is no file")
     size = entry.weights.stat().st_size
     if size != entry.manifest.get("size"):
         raise MLXZooError(f"{WEIGHTS} has {size} bytes, {entry.manifest.get('size')} were written")
@@ -157,12 +163,12 @@ def read_weights(entry: Entry) -> dict[str, mx.array]:
         weights = read_safetensors(entry.weights, read_header(entry.weights))
     except MLXZooError as error:
         raise OSError(f"{entry.weights}: {error}") from error
-    if _state(entry.weights) != entry.seen:
+    if state_of(entry.weights) != entry.seen:
         raise OSError(f"{entry.weights} was replaced while it was read")
     return weights
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
+def state_of(path: Path) -> tuple[int, ...] | None:
     """Which file this is, its bytes, and its last change (ns), which nobody can set back."""
     try:
         stat = path.stat()
@@ -196,7 +202,7 @@ def store(
                 if not retry:  # what was in the way, and damaged, was set aside just now
                     raise
         _flush(path.parent)
-        return Entry(path, manifest, _state(path / WEIGHTS))
+        return Entry(path, manifest, state_of(path / WEIGHTS))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -354,7 +360,8 @@ def versions() -> dict[str, str]:
 
 
 def _folder(root: Path, name: str, key: str) -> Path:
-    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)[-80:]
+    known = "._-" + string.ascii_letters + string.digits
+    plain = "".join(c if c in known else "-" for c in name)[-80:]
     return root / "weights" / f"{plain.lstrip('.')}-{key[:16]}"
 
 

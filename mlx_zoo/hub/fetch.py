@@ -8,12 +8,12 @@ is an error of `mlx_zoo.errors`; only a full disk is an OSError.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx_zoo.errors import CheckpointError, FileNotInRepository
 from mlx_zoo.hub.answers import placeholder
-from mlx_zoo.hub.cache import sha256_of
+from mlx_zoo.hub.cache import sha256_of, state_of
 from mlx_zoo.hub.download import download, file_name
 from mlx_zoo.hub.repository import Repository, open_repository, resolve_revision
 from mlx_zoo.hub.source import DirectorySource, FileSource, HubSource, Source, UrlSource
@@ -40,12 +40,20 @@ class Fetched:
     revision: the commit on the hub; "" for what does not come from there.
     sha256: name -> hash of the bytes, checked against the publisher's where there is one.
     license: as the repository's card says, where it does.
+    seen: local file -> the state that it had before it was hashed.
     """
 
     files: dict[str, Path]
     revision: str
     sha256: dict[str, str]
     license: str | None = None
+    seen: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a local file was replaced or written since it was hashed."""
+        for path, state in self.seen.items():
+            if state_of(path) != state:
+                raise CheckpointError(f"{path} changed while it was read: load it again")
 
     @property
     def index(self) -> Path | None:
@@ -145,7 +153,8 @@ def _fetch_single(
 ) -> Fetched:
     if isinstance(source, UrlSource):
         return _collect(names, lambda name: _download(source, name, cache_dir, local_files_only))
-    return _collect(names, lambda name: _read_in_place(source, name))
+    seen = {path: state_of(path) for path in (_folder(source) / name for name in names)}
+    return replace(_collect(names, lambda name: _read_in_place(source, name)), seen=seen)
 
 
 def _collect(
@@ -158,7 +167,12 @@ def _collect(
 
 
 def _join(one: Fetched, other: Fetched) -> Fetched:
-    return replace(one, files=one.files | other.files, sha256=one.sha256 | other.sha256)
+    return replace(
+        one,
+        files=one.files | other.files,
+        sha256=one.sha256 | other.sha256,
+        seen=one.seen | other.seen,
+    )
 
 
 def _download(
@@ -169,8 +183,12 @@ def _download(
     return download(source, cache_dir, local_files_only)
 
 
+def _folder(source: DirectorySource | FileSource) -> Path:
+    return source.path if isinstance(source, DirectorySource) else source.path.parent
+
+
 def _read_in_place(source: DirectorySource | FileSource, name: str) -> tuple[Path, str]:
-    folder = source.path if isinstance(source, DirectorySource) else source.path.parent
+    folder = _folder(source)
     path = folder / name
     if not path.is_file() or not _has(source, name):
         raise FileNotInRepository(f"{source} has no {name}: looked in {folder}")

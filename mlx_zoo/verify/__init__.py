@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +16,13 @@ from mlx_zoo import describe, registry, zoo
 from mlx_zoo.backend.precision import real_float32
 from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
-from mlx_zoo.errors import DownloadError, MissingDependency, VerificationError
+from mlx_zoo.errors import DownloadError, MissingDependency, MLXZooError, VerificationError
 from mlx_zoo.mapping import engine
 from mlx_zoo.preprocess.image import MODES
 from mlx_zoo.verify import reference, stored
 from mlx_zoo.verify.cached import sweep
 from mlx_zoo.verify.circumstances import circumstances
-from mlx_zoo.verify.device import on_another_device
+from mlx_zoo.verify.device import on_another_device, undisturbed
 from mlx_zoo.verify.evidence import KINDS, Evidence
 from mlx_zoo.verify.original import run_original
 from mlx_zoo.verify.preprocessing import compare_preprocessing
@@ -77,27 +79,18 @@ def verify(
     if isinstance(model, nn.Module) and (options or pretrained is not True):
         said = ", ".join(options) or f"pretrained={pretrained!r}"
         raise ValueError(f"{said}: this network is loaded already, and verified as it is")
-    if device == "gpu":
-        _settle_float32()
-    if not isinstance(model, nn.Module):
-        model = _loaded(model, pretrained, evidence, place, options)
-    place = describe.place_of(model, cache_dir, local_files_only)
-    checkpoint = getattr(model, "checkpoint", None)
-    if checkpoint is None:
-        raise VerificationError("this network has random weights: there is nothing to compare with")
-    _check_is_the_checkpoints(model)
-    modes = [(module, module.training) for module in model.modules()]  # parents first
-    model.eval()
-    try:
-        report = _verified(model, place, evidence, size, seed, device)
-    finally:
-        for module, training in modes:
-            module.train(training)
-    asked = {"evidence": evidence, "size": size, "seed": seed or None}
-    asked["device"] = None if device == "cpu" else device
-    facts = circumstances(checkpoint, given, {"pretrained": pretrained, **options, **asked})
-    facts["sha256"] = report.sha256 or _converted_from(model)
-    return replace(report, **facts, seconds=time.perf_counter() - start)
+    with undisturbed(device):
+        if not isinstance(model, nn.Module):
+            model = _loaded(model, pretrained, evidence, place, options)
+        place = describe.place_of(model, cache_dir, local_files_only)
+        _check_is_the_checkpoints(model)
+        asked = {"evidence": evidence, "size": size, "seed": seed or None}
+        asked["device"] = None if device == "cpu" else device
+        call = {"pretrained": pretrained, **options, **asked}
+        facts = circumstances(model.checkpoint, given, call)
+        with _in_eval_mode(model):
+            report = _verified(model, place, evidence, size, seed, device, facts)
+    return replace(report, seconds=time.perf_counter() - start)
 
 
 def _check_arguments(evidence: str | None, size: int | None, seed: int, device: str) -> None:
@@ -110,11 +103,6 @@ def _check_arguments(evidence: str | None, size: int | None, seed: int, device: 
     for name, value in {"size": size, "seed": seed}.items():
         if value is not None and (type(value) is not int or value < (name == "size")):
             raise ValueError(f"{name}={value!r}: a count is needed")
-
-
-def _settle_float32() -> None:
-    """TF32 off, as far as it can be: MLX reads this once, at its first product on the GPU."""
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def _loaded(model, pretrained, evidence, place: Place, options) -> nn.Module:
@@ -138,7 +126,9 @@ def _loaded(model, pretrained, evidence, place: Place, options) -> nn.Module:
 
 
 def _check_is_the_checkpoints(model: nn.Module) -> None:
-    """A fresh head or an adapted input has no original."""
+    """Random weights, a fresh head or an adapted input have no original."""
+    if getattr(model, "checkpoint", None) is None:
+        raise VerificationError("this network has random weights: there is nothing to compare with")
     architecture, config = registry.of_model(model), model.config
     task, size = getattr(config, "task", None), architecture.head_size(config)
     own = model.checkpoint.config
@@ -152,19 +142,36 @@ def _check_is_the_checkpoints(model: nn.Module) -> None:
             )
 
 
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]  # parents first
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.train(training)
+
+
 def _verified(
-    model: nn.Module, place: Place, evidence: str | None, size: int | None, seed: int, device: str
+    model: nn.Module,
+    place: Place,
+    evidence: str | None,
+    size: int | None,
+    seed: int,
+    device: str,
+    facts: Mapping[str, Any],
 ) -> Report:
-    """The report of a network in eval mode; kept beside its weights where it may be."""
+    """The report of a network in eval mode, `facts` in it; kept beside its weights if possible."""
     found: Evidence | Published | None = None
     if getattr(model, "quantization", None) is not None:
-        if evidence is not None:
-            raise ValueError(
-                f"evidence={evidence!r}: a quantised network is compared with its own weights"
-            )
+        if evidence is not None or size is not None:
+            said = f"size={size}" if evidence is None else f"evidence={evidence!r}"
+            raise ValueError(f"{said}: a quantised network is compared with its own weights")
 
         def run(device: str) -> Report:
-            return against_full_precision(model, place, seed, device)
+            report = against_full_precision(model, place, seed, device)
+            return replace(report, **facts, sha256=stored.source_hashes(model))
     else:
         found, notes = _find(model, place, evidence, size, seed)
         preprocessing = _preprocessing(model.checkpoint, seed, place)
@@ -172,8 +179,9 @@ def _verified(
         def run(device: str) -> Report:
             report = found.report(model, _precision(model), device)
             more = () if report.passed else _explained(model, report)
-            said = (*report.notes, *more, *notes)
-            return replace(report, notes=said, preprocessing=preprocessing)
+            sha256 = report.sha256 or stored.source_hashes(model)
+            said = {"notes": (*report.notes, *more, *notes), "sha256": sha256, **facts}
+            return replace(report, preprocessing=preprocessing, **said)
 
     with mx.stream(mx.cpu):
         report = run("cpu")
@@ -202,6 +210,8 @@ def _find(
     for kind in KINDS if evidence is None else (evidence,):
         found = ways[kind]()
         if not isinstance(found, str):
+            if kind != "original" and (size is not None or seed):
+                missing.append("size and seed were not used: this evidence has its own inputs")
             return found, tuple(missing)
         missing.append(found)
     raise _nothing(model.checkpoint, evidence, missing)
@@ -219,10 +229,12 @@ def _original(
     try:
         with mx.stream(mx.cpu):
             return run_original(model, place, size, seed, _precision(model))
-    except (DownloadError, MissingDependency) as error:
-        if only:
+    except (DownloadError, ImportError) as error:  # ImportError: of a broken installation, too
+        if not only:
+            return f"the original cannot be run: {error}"
+        if isinstance(error, MLXZooError):
             raise
-        return f"the original cannot be run: {error}"
+        raise MissingDependency(f"{checkpoint.reference.library} is broken: {error}") from error
 
 
 def _has_original(checkpoint: Checkpoint) -> bool:
@@ -247,11 +259,8 @@ def _nothing(
 
 def _explained(model: nn.Module, report: Report) -> tuple[str, ...]:
     """What is known of a difference."""
-    notes = []
-    converted = _converted_from(model)
-    if report.evidence_kind == "original":
-        other = {n for n, sha in report.sha256.items() if converted.get(n, sha) != sha}
-        notes += [f"{name} is not the file that was converted: it has changed" for name in other]
+    other = stored.changed_files(model, report)
+    notes = [f"{name} is not the file that was converted: it has changed" for name in other]
     weights = [x for x in engine.parameters(model).values() if x.dtype == mx.float32]
     for half in (mx.float16, mx.bfloat16) if weights else ():
         if all(mx.array_equal(x, x.astype(half).astype(mx.float32)).item() for x in weights):
@@ -264,12 +273,6 @@ def _explained(model: nn.Module, report: Report) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _converted_from(model: nn.Module) -> Mapping[str, str]:
-    """The hashes of the published files that its weights were converted from, by name."""
-    entry = getattr(model, "entry", None)
-    return (entry.manifest.get("source_sha256") or {}) if entry else {}
-
-
 def _preprocessing(
     checkpoint: Checkpoint, seed: int, place: Place
 ) -> PreprocessingDifference | None:
@@ -279,7 +282,7 @@ def _preprocessing(
         return None
     try:
         return compare_preprocessing(checkpoint, seed=seed, place=place)
-    except (VerificationError, MissingDependency, DownloadError):
+    except (VerificationError, ImportError, DownloadError):
         return None
 
 

@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mlx_zoo import describe, zoo
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import DownloadError, MissingDependency, MLXZooError, VerificationError
 from mlx_zoo.hub import cache
-from mlx_zoo.verify.report import Report
+from mlx_zoo.verify.report import Report, plain
 
 VERDICTS = ("passed", "FAILED", "damaged", "no evidence", "error")
 
@@ -47,7 +47,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         report = self.report
-        return {
+        found = {
             "path": str(self.path),
             "name": self.name,
             "source": self.source,
@@ -62,6 +62,7 @@ class Verdict:
             "origin": report and report.origin,
             "seconds": round(self.seconds, 3),
         }
+        return plain(found)
 
 
 def sweep(
@@ -86,40 +87,31 @@ def sweep(
     for path in sorted(x for x in folders if not x.name.startswith(".")):
         begin(path.name)
         start = time.perf_counter()
-        try:
-            entry = cache.read_entry(path)
-            checkpoint, _ = describe.from_json(entry.manifest)
-        except (OSError, ValueError, MLXZooError) as error:
-            seconds = time.perf_counter() - start
-            yield Verdict(path, path.name, "", "", "damaged", str(error), seconds)
-            continue
-        if checkpoint.source.startswith("package:"):
-            continue
-        revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
-        verdict, reason, report = _verdict(entry, place, evidence, seed, device)
+        found = _verdict(path, place, evidence, seed, device)
         gc.collect()
         mx.clear_cache()
-        yield Verdict(
-            path=path,
-            name=checkpoint.name,
-            source=checkpoint.source.partition("@")[0] + revision,
-            dtype=_kind(entry),
-            verdict=verdict,
-            reason=reason,
-            seconds=time.perf_counter() - start,
-            report=report,
-        )
+        if found is not None:
+            yield replace(found, seconds=time.perf_counter() - start)
 
 
 def _verdict(
-    entry: cache.Entry, place: Place, evidence: str | None, seed: int, device: str
-) -> tuple[str, str, Report | None]:
+    path: Path, place: Place, evidence: str | None, seed: int, device: str
+) -> Verdict | None:
+    """Of the entry in a folder; None where it ships with the package."""
     from mlx_zoo.verify import verify
 
+    found = Verdict(path, path.name, "", "", "damaged", "", 0.0)
     try:
+        entry = cache.read_entry(path)
+        checkpoint, _ = describe.from_json(entry.manifest)
+        if checkpoint.source.startswith("package:"):
+            return None
+        revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
+        source = checkpoint.source.partition("@")[0] + revision
+        found = replace(found, name=checkpoint.name, source=source, dtype=_kind(entry))
         model = zoo.of_entry(entry, place)
-    except (OSError, ValueError, MLXZooError) as error:
-        return "damaged", str(error), None
+    except Exception as error:  # whatever is wrong with one is no reason to leave out the others
+        return replace(found, reason=_said(error))
     try:
         report = verify(
             model,
@@ -130,10 +122,16 @@ def _verdict(
             local_files_only=True,
         )
     except (VerificationError, MissingDependency, DownloadError) as error:
-        return "no evidence", str(error), None
-    except Exception as error:  # whatever is wrong with one is no reason to leave out the others
-        return "error", f"{type(error).__name__}: {error}", None
-    return "passed" if report.passed else "FAILED", report.reason, report
+        return replace(found, verdict="no evidence", reason=str(error))
+    except Exception as error:
+        return replace(found, verdict="error", reason=_said(error))
+    verdict = "passed" if report.passed else "FAILED"
+    return replace(found, verdict=verdict, reason=report.reason, report=report)
+
+
+def _said(error: Exception) -> str:
+    expected = isinstance(error, (OSError, ValueError, MLXZooError))
+    return str(error) if expected else f"{type(error).__name__}: {error}"
 
 
 def _kind(entry: cache.Entry) -> str:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_zoo.backend.blas import load_fast_blas
 from mlx_zoo.catalogue import Checkpoint
+from mlx_zoo.hub.source import HubSource, parse_source
 
 OPTIONS = {  # of `verify` and `load` -> of the command line
     "pretrained": "--pretrained",
@@ -38,7 +39,7 @@ def circumstances(
     said = {name: _plain(x) for name, x in options.items() if x is not None}
     if said.get("pretrained") is True:
         del said["pretrained"]
-    if checkpoint.revision and not isinstance(model, nn.Module) and "@" not in os.fspath(model):
+    if checkpoint.revision and "pretrained" not in said and _names_the_hub(model):
         said.setdefault("revision", checkpoint.revision)
     return {
         "source": checkpoint.source,
@@ -48,6 +49,14 @@ def circumstances(
         "repeat": _repeat(checkpoint, model, said),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _names_the_hub(model: str | os.PathLike[str] | nn.Module) -> bool:
+    """Whether a revision may be given beside it: a name without one, of no folder."""
+    if isinstance(model, nn.Module):
+        return False
+    source = parse_source(model)
+    return source is None or (isinstance(source, HubSource) and source.revision is None)
 
 
 def environment() -> dict[str, str]:

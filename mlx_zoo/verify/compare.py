@@ -62,7 +62,7 @@ def random_inputs(
     if config.task == "multiple-choice":
         shape = (batch, 3, length)
     mask = np.ones(shape, np.int32)
-    mask[1, ..., -(length // 3) :] = 0
+    mask[1, ..., length - length // 3 :] = 0
     inputs = {
         # 0 for padding alone: by it, transformers' GPT-2 finds the last token of a text.
         "input_ids": mask

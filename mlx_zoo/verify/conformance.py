@@ -27,8 +27,9 @@ from mlx_zoo.backend.blas import load_fast_blas
 from mlx_zoo.backend.precision import real_float32
 from mlx_zoo.errors import MissingDependency
 from mlx_zoo.verify import operations, reference
+from mlx_zoo.verify.device import undisturbed
 from mlx_zoo.verify.operations import Case, Operation
-from mlx_zoo.verify.report import FACTOR  # how many times PyTorch's own error ours may be
+from mlx_zoo.verify.report import FACTOR, as_text, plain  # FACTOR: of PyTorch's own error
 
 ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}  # normal number
@@ -78,8 +79,12 @@ IN_HALF = "the CPU adds in half precision, where PyTorch adds in float32"
 
 
 NAN_ROW = "a row that sees nothing is NaN, in PyTorch 0; the networks hide by finfo.min / 2"
+NEAR_ZERO = (
+    "right to 3e-7, not relatively: near 0 few digits are. GELU multiplies by x, and is right"
+)
 MEAN_ROW = "a row that sees nothing is the mean of all values, in PyTorch 0; nobody reads such rows"
 NOT_FOURS = "wrong where the width normalised is no multiple of 4: the kernel reads past the end"
+AS_IF_NOT = "reads transposed weights as if they were not; the package quantises on the CPU"
 
 
 def on(backend: str) -> Callable[..., Deviation]:
@@ -105,29 +110,30 @@ DEVIATIONS = (
         for name in ("matmul", "Linear", "conv2d", "attention")
     ),
     on_cpu("cumsum", "*", "*", "float32", 200, ONE_BY_ONE),
-    on_cpu("cumsum", "*", "output", "float16 bfloat16", 200, IN_HALF),
+    on_cpu("cumsum", "*, long", "output", "float16 bfloat16", 100, IN_HALF),
+    on_cpu("cumsum", "*", "output", "float16 bfloat16", 5, IN_HALF),
     on_cpu("LayerNorm", "*, large*", "*", "float32", 10000, ONE_BY_ONE),
     on_cpu("BatchNorm in training", "*", "*", "float32", 5000, ONE_BY_ONE, seldom=True),
     on_cpu(
-        *("BatchNorm in training", "*", "output*", "float16", np.inf),
+        *("BatchNorm in training", "*, large mean", "output*", "float16", np.inf),
         IN_HALF + ": it overflows",
     ),
+    on_cpu("BatchNorm in training", "*, many pixels", "output*", "float16", 5, IN_HALF, True),
     on_cpu("softmax", "*x1024 *", "*", "float32", 500, ONE_BY_ONE),
     on_cpu("softmax", "*x50257 *", "*", "float32", 2000, ONE_BY_ONE),
-    on_cpu("softmax", "*", "output", "float16 bfloat16", 30, IN_HALF),
-    on_cpu("attention", "*", "output", "float16 bfloat16", 40, IN_HALF),
+    on_cpu("softmax", "*", "output", "float16 bfloat16", 16, IN_HALF),
+    on_cpu("attention", "*, sharp", "output", "float16 bfloat16", 25, IN_HALF),
+    on_cpu("attention", "*", "output", "float16 bfloat16", 5, IN_HALF, True),
     on_cpu("quantized_matmul", "*", "*", "float32", 200, ONE_BY_ONE),
-    on_cpu("quantized_matmul", "*", "output", "float16 bfloat16", 100, IN_HALF),
+    on_cpu("quantized_matmul", "*", "output", "float16 bfloat16", 40, IN_HALF),
     on_cpu(
         *("attention", "*hidden by -inf", "output", "float32 float16 bfloat16", np.inf, NAN_ROW),
     ),
     on_cpu(
         *("attention", "*, a row is False", "output", "float32 float16 bfloat16", 1e8, MEAN_ROW),
     ),
-    on_cpu(
-        *("erf", "*", "output", "float32", 2e7),
-        "right to 3e-7, not relatively: near 0 few digits are. GELU multiplies by x, and is right",
-    ),
+    on_cpu("erf", "*spread(*", "output", "float32", 2e7, NEAR_ZERO),
+    on_cpu("erf", "*uniform(*", "output", "float32", 1e5, NEAR_ZERO),
     on_cpu(
         *("exp", "*,89.0]", "output", "float32 bfloat16", np.inf),
         "infinite from 88.0 on, where float32 reaches to 88.72",
@@ -152,6 +158,7 @@ DEVIATIONS = (
         *("BatchNorm in training", "*, large mean", "output*", "float16", np.inf),
         "the sum of squares overflows float16",
     ),
+    on_cuda("quantize", "*, transposed", "output", "float32 float16 bfloat16", np.inf, AS_IF_NOT),
     on_cuda("attention", "*hidden by -inf", "output", "float32", np.inf, NAN_ROW),
     on_cuda("attention", "*, a row is False", "output", "float32", 1e8, MEAN_ROW),
     on_cuda(
@@ -229,7 +236,7 @@ class ConformanceReport:
 
     @property
     def passed(self) -> bool:
-        return bool(self.outcomes) and not self.failures
+        return any(x.error is not None for x in self.outcomes) and not self.failures
 
     @property
     def failures(self) -> list[Outcome]:
@@ -272,7 +279,7 @@ class ConformanceReport:
     def to_json(self) -> str:
         """Everything, as JSON; an infinite or undefined figure is a word."""
         outcomes = [asdict(outcome) for outcome in self.outcomes]
-        return json.dumps(_plain({**self.summary(), "outcomes": outcomes}), indent=2)
+        return json.dumps(plain({**self.summary(), "outcomes": outcomes}, str), indent=2)
 
     def to_markdown(self) -> str:
         """The tables, as they stand in CONFORMANCE.md."""
@@ -318,8 +325,10 @@ class ConformanceReport:
     @property
     def _known_deviations(self) -> Iterator[str]:
         """Each with how often it was seen, and the worst result in full."""
+        rest = self.known
         for deviation in DEVIATIONS:
-            seen = [x for x in self.known if deviation.explains(x, self.backend)]
+            seen = [x for x in rest if deviation.explains(x, self.backend)]
+            rest = [x for x in rest if x not in seen]
             if seen:
                 worst = max(seen, key=lambda outcome: outcome.error or 0)
                 count = f"{len(seen)} results" if len(seen) > 1 else "1 result"
@@ -327,14 +336,7 @@ class ConformanceReport:
                 yield f"  {count}; the worst: {replace(worst, message='')}"
 
     def __str__(self) -> str:
-        from io import StringIO
-
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self, width=120)
 
     def __rich__(self):
         from rich.console import Group
@@ -395,7 +397,7 @@ def run(
         raise ValueError(f"only={only!r} matches no operation and no case; there are {names}")
     backend = _backend(device)
     start = time.perf_counter()
-    with mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
+    with undisturbed(device), mx.stream(mx.cpu if device == "cpu" else mx.default_device()):
         is_real = real_float32(device)
         outcomes: list[Outcome] = []
         for operation, case in chosen:
@@ -475,7 +477,8 @@ def _seen_as(x: mx.array, view: str) -> mx.array:
     if view == "transposed":
         if x.ndim == 1:
             return x
-        return mx.array(values.swapaxes(-1, -2)).astype(x.dtype).swapaxes(-1, -2)
+        turned = np.ascontiguousarray(values.swapaxes(-1, -2))  # MLX would keep NumPy's order
+        return mx.array(turned).astype(x.dtype).swapaxes(-1, -2)
     if view == "every other":
         wider = np.repeat(values, 2, axis=-1)
         wider[..., 1::2] = np.nan
@@ -705,11 +708,3 @@ def _figure(error: float) -> str:
     if not np.isfinite(error):
         return "not a number"
     return f"{error:.2g}" if error < 1000 else f"{error:.0e}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

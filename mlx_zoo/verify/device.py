@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_zoo.verify.report import Report
 
+TF32 = "MLX_ENABLE_TF32"
 NOT_FLOAT32 = (
     "float32 on this gpu is not float32: products there have fewer digits. MLX reads "
     "MLX_ENABLE_TF32=0 before its first product on the GPU alone: set it before Python starts"
 )
+
+
+@contextmanager
+def undisturbed(device: str) -> Iterator[None]:
+    """MLX's random state and the environment are afterwards what they were.
+
+    Meanwhile TF32 is off where `device` is "gpu", as far as it can be: MLX reads the variable once,
+    at its first product on the GPU, for as long as the process lives.
+    """
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    settles = device == "gpu" and TF32 not in os.environ
+    if settles:
+        os.environ[TF32] = "0"
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+        if settles:
+            os.environ.pop(TF32, None)
 
 
 @dataclass(frozen=True)

@@ -1199,5 +1199,6 @@ row(
     "quantize",
     quantized,
     *(case(normal(8, 256), bits=b, group_size=g, gradients=False) for b, g in QUANTIZED),
+    case(normal(64, 256), bits=4, group_size=64, gradients=False, view="transposed"),
     measure=STEP,
 )

@@ -21,7 +21,7 @@ from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, UnsupportedFormat
 from mlx_zoo.hub import cache
 from mlx_zoo.preprocess.text import Tokenizer
-from mlx_zoo.verify import compare
+from mlx_zoo.verify import compare, stored
 from mlx_zoo.verify.report import Comparison, Report
 
 FILE = DATA / "published.json"
@@ -85,8 +85,7 @@ class Published:
 def find_published(model: nn.Module, place: Place) -> Published | str:
     """What is published of a network as it is loaded; or why there is nothing."""
     checkpoint, task = model.checkpoint, getattr(model.config, "task", None)
-    entry: cache.Entry | None = getattr(model, "entry", None)
-    hashes = (entry.manifest.get("source_sha256") or {}).values() if entry else ()
+    hashes = stored.source_hashes(model).values()
     rows = [row for row in read() if _speaks_of(row, checkpoint, hashes)]
     cases = tuple(case for row in rows for case in row["cases"] if task in case["tasks"])
     if not cases:

@@ -57,8 +57,11 @@ class QuantizedReport(Report):
     def summary(self) -> dict[str, Any]:
         return {**super().summary(), "effect": dict(self.effect)}
 
-    def __rich__(self):
-        from rich.console import Group
+    @property
+    def rule(self) -> str:
+        return "allowed is no difference, in any bit of any tensor"
+
+    def _figures(self) -> list[Any]:
         from rich.markup import escape
         from rich.table import Table
 
@@ -70,10 +73,7 @@ class QuantizedReport(Report):
             table.add_row(name, f"{value:.4g}")
         for c in self.outputs:
             table.add_row(f"max |diff| of {c.name}, of {c.scale:.2g}", f"{c.max_abs:.2g}")
-        verdict = "[bold green]passed[/]" if self.passed else "[bold red]FAILED[/]"
-        seed = "" if self.seed is None else f", seed {self.seed}"
-        where = escape(f"{self.inputs}{seed}; {self.device}")
-        return Group(table, f"{verdict}: {escape(self.reason)}", where)
+        return [table]
 
 
 def against_full_precision(model: nn.Module, place: Place, seed: int, device: str) -> Report:

@@ -35,12 +35,15 @@ def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weight
     Raises:
         VerificationError: the original itself does not take these weights.
     """
+    import torch
+
     reference = checkpoint.reference
     assert reference is not None
-    if reference.library == "transformers":
-        model = _transformers(checkpoint, config, files)
-    else:
-        model = _filled(create(reference, config), config, weights)
+    with torch.random.fork_rng(devices=()):  # fresh weights are drawn: the caller's numbers stay
+        if reference.library == "transformers":
+            model = _transformers(checkpoint, config, files)
+        else:
+            model = _filled(create(reference, config), config, weights)
     return model.eval().float()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -52,16 +52,21 @@ class Comparison:
     @property
     def ratio(self) -> float:
         """Our error over PyTorch's own, both against float64; 1 where both are exact."""
-        if not np.isfinite([self.max_abs, self.error]).all():
+        if not self.is_finite:
             return float("inf")
         if self.torch_error:
             return self.error / self.torch_error
         return float("inf") if self.error else 1.0
 
     @property
+    def is_finite(self) -> bool:
+        """Whether there is something to judge, and something to judge it by."""
+        return bool(np.isfinite([self.max_abs, self.error, self.bound]).all())
+
+    @property
     def strain(self) -> float:
         """How much of the bound our error uses up; infinite for what is not finite."""
-        if not np.isfinite([self.max_abs, self.error, self.bound]).all():
+        if not self.is_finite:
             return float("inf")
         return self.error / self.bound if self.bound else float(self.error > 0)
 
@@ -73,7 +78,7 @@ class Comparison:
         where that cost is small, the two also agree to the tolerance. In half precision, whose
         tolerance is wide, either is enough.
         """
-        if not np.isfinite([self.max_abs, self.error]).all():
+        if not self.is_finite:
             return False
         allowed = self.tolerance * self.scale
         accurate = self.error <= self.bound
@@ -253,20 +258,20 @@ class Report:
     @property
     def max_abs(self) -> float:
         """The largest difference between our outputs and PyTorch's, in the same precision."""
-        return max(c.max_abs for c in self.outputs)
+        return max((c.max_abs for c in self.outputs), default=np.nan)
 
     @property
     def mean_abs(self) -> float:
-        return sum(c.mean_abs for c in self.outputs) / len(self.outputs)
+        return sum(c.mean_abs for c in self.outputs) / len(self.outputs) if self.outputs else np.nan
 
     @property
     def max_rel(self) -> float:
         """The same, relative to the largest value of the output."""
-        return max(c.max_rel for c in self.outputs)
+        return max((c.max_rel for c in self.outputs), default=np.nan)
 
     @property
     def tolerance(self) -> float:
-        return self.outputs[0].tolerance
+        return self.outputs[0].tolerance if self.outputs else np.nan
 
     @property
     def precision(self) -> str:
@@ -354,7 +359,7 @@ class Report:
             kind: [asdict(x) for x in found]
             for kind, found in (("samples", self.samples), ("spreads", self.spreads))
         }
-        return json.dumps(_plain({**self.summary(), **rows, **closer}), indent=2, allow_nan=False)
+        return json.dumps(plain({**self.summary(), **rows, **closer}), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
         """Everything, as one self-contained page."""
@@ -363,13 +368,26 @@ class Report:
         return page(self)
 
     def __str__(self) -> str:
-        console = _console()
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self, width=100)
 
     def __rich__(self):
         from rich.console import Group
+        from rich.markup import escape
+
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        verdict = "[bold green]passed[/]" if self.passed else "[bold red]FAILED[/]"
+        lines = [f"{verdict}: {escape(self.reason)}"]
+        if self.outputs:
+            lines.append(escape(f"{self.rule}; {self.inputs}{seed}; on the {self.device}"))
+        if self.preprocessing:
+            lines.append(escape(f"preprocessing: {self.preprocessing}"))
+        if self.origin:
+            lines.append(escape(f"evidence: {self.origin}"))
+        lines += [escape(f"note: {note}") for note in self.notes]
+        return Group(*self._figures(), *lines)
+
+    def _figures(self) -> list[Any]:
+        """The table of what was compared."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -392,17 +410,7 @@ class Report:
                 f"{len(self.layers)} layers in all; of those not shown {differing}"
                 f"{len(rest) - differ} passed: --html and --json have them"
             )
-        seed = "" if self.seed is None else f", seed {self.seed}"
-        verdict = "[bold green]passed[/]" if self.passed else "[bold red]FAILED[/]"
-        lines.append(f"{verdict}: {escape(self.reason)}")
-        if self.outputs:
-            lines.append(escape(f"{self.rule}; {self.inputs}{seed}; on the {self.device}"))
-        if self.preprocessing:
-            lines.append(escape(f"preprocessing: {self.preprocessing}"))
-        if self.origin:
-            lines.append(escape(f"evidence: {self.origin}"))
-        lines += [escape(f"note: {note}") for note in self.notes]
-        return Group(*lines)
+        return lines
 
     def _shown(self) -> list[Comparison]:
         """The layers worth a line: all of a few; else the worst, and the first that differ."""
@@ -413,18 +421,21 @@ class Report:
         return [c for c in self.layers if c in differ or c in worst]
 
 
-def _plain(value: Any) -> Any:
-    """`value` without NaN and infinity, which JSON does not have: they become null."""
+def plain(value: Any, odd: Callable[[float], Any] = lambda x: None) -> Any:
+    """`value` with `odd` of NaN and infinity, which JSON does not have: null, as a rule."""
     if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
+        return {name: plain(x, odd) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+        return [plain(x, odd) for x in value]
+    return odd(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _console():
-    import io
+def as_text(report: Any, width: int) -> str:
+    """What rich makes of a report, in characters alone."""
+    from io import StringIO
 
     from rich.console import Console
 
-    return Console(file=io.StringIO(), width=100)
+    file = StringIO()
+    Console(file=file, width=width).print(report)
+    return file.getvalue().rstrip()

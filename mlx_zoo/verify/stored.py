@@ -40,10 +40,11 @@ from mlx_zoo.mapping import engine
 from mlx_zoo.preprocess.image import preprocess
 from mlx_zoo.verify import compare
 from mlx_zoo.verify.evidence import Answer, Evidence
-from mlx_zoo.verify.report import Report
+from mlx_zoo.verify.report import Report, plain
 
 IMAGES = "package:digits.safetensors"  # held-out ones, as every network for digits has seen them
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order networks take them
+BEST = ("original", "weights")  # kinds of evidence that no other replaces
 FACTS = "evidence"  # the key in a fingerprint's header
 MAX_INPUTS = 1 << 18  # bytes that are kept of inputs
 MAX_WHOLE = 2048  # values of an output; of a larger one as many are kept
@@ -109,16 +110,18 @@ def _outputs(stored: Arrays, model: nn.Module, inputs: Arrays) -> dict[str, Answ
 def keep(model: nn.Module, report: Report, evidence: Evidence | None) -> None:
     """Keep a verification, and what the original answered, beside the weights it speaks of.
 
-    Of a network as its entry in the cache, or its folder, holds it; of another nothing is kept. A
-    verification against the original is not replaced by a lesser one.
+    Of a network as its entry in the cache, or its folder, holds it; of another nothing is kept, nor
+    where the original was made of other files. A verification against the original, whether it
+    passed or not, is not replaced by a lesser one.
     """
     entry: cache.Entry | None = getattr(model, "entry", None)
-    if entry is None or not is_as_stored(model, entry):
+    if entry is None or changed_files(model, report) or not is_as_stored(model, entry):
         return
-    is_best = report.evidence_kind in ("original", "weights")
-    if not is_best and verified(model, entry):
+    is_best = report.evidence_kind in BEST
+    done = _verification(model, entry)
+    if done and not is_best and done.get("evidence_kind", "original") in BEST:
         return
-    said = {**report.summary(), **_identity(model), "date": _today()}
+    said = {**plain(report.summary()), **_identity(model), "date": _today()}
     try:
         if is_best and report.passed and evidence is not None:
             data = pack(evidence, model)
@@ -143,9 +146,36 @@ def carry(model: nn.Module, folder: Path) -> None:
 
 def verified(model: nn.Module, entry: cache.Entry) -> Mapping[str, Any] | None:
     """The verification that these very weights, as this network, passed; None if there is none."""
+    done = _verification(model, entry)
+    return done if done and done.get("passed") is True else None
+
+
+def _verification(model: nn.Module, entry: cache.Entry) -> Mapping[str, Any] | None:
+    """The latest of these very weights, as this network."""
     done = entry.verification or {}
-    wanted = {"passed": True, "sha256": entry.manifest.get("sha256"), **_identity(model)}
+    how = getattr(model, "quantization", None)  # a folder's weights may be quantised as it is read
+    if _as_json(how and asdict(how)) != entry.manifest.get("quantization"):
+        return None
+    wanted = {"sha256": entry.manifest.get("sha256"), **_identity(model)}
     return done if wanted.items() <= done.items() else None
+
+
+def source_hashes(model: nn.Module) -> Mapping[str, str]:
+    """The hashes of the published files that its weights were converted from, by name.
+
+    A converted folder has them from a verification, if at all.
+    """
+    entry: cache.Entry | None = getattr(model, "entry", None)
+    if entry is None:
+        return {}
+    kept = entry.manifest.get("source_sha256")
+    return kept or (verified(model, entry) or {}).get("sha256_of_source") or {}
+
+
+def changed_files(model: nn.Module, report: Report) -> list[str]:
+    """The files that the original was made of, where they are not those that were converted."""
+    converted = source_hashes(model)
+    return [name for name, sha in report.sha256.items() if converted.get(name, sha) != sha]
 
 
 def verified_here(model: nn.Module, entry: cache.Entry) -> bool:
