@@ -243,7 +243,7 @@ def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: 
 @options(NETWORK, PLACE)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--size", type=int, help="Side of the images, or number of tokens.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--evidence",
     type=click.Choice(["original", "fingerprint", "published"]),
@@ -543,7 +543,8 @@ def cache_list(cache_dir: Path | None, as_json: bool) -> None:
     for column in ("name", "source", "made", "MB", "verified"):
         table.add_column(column, justify="right" if column == "MB" else "left", overflow="fold")
     for entry in entries:
-        name = entry.manifest.get("checkpoint", {}).get("name", entry.path.name)
+        said = entry.manifest.get("checkpoint")
+        name = str(said.get("name") if isinstance(said, dict) else entry.path.name)
         done = entry.verification
         verdict = "-" if done is None else ("yes" if done.get("passed") else "FAILED")
         made = str(entry.manifest.get("created", ""))[:10]
@@ -598,7 +599,7 @@ def cache_prune(cache_dir: Path | None, days: float | None, as_json: bool) -> No
 @main.command()
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--only", metavar="PATTERN", help="Of operations: 'conv*'.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--markdown", is_flag=True, help="Tables in Markdown, as in CONFORMANCE.md.")
 @as_json
 def conformance(as_json: bool, markdown: bool, device, only, seed) -> None:

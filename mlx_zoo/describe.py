@@ -245,9 +245,9 @@ def _legible(checkpoint: Checkpoint) -> Checkpoint:
     own = checkpoint.license
     return replace(
         checkpoint,
-        name=legible(checkpoint.name),
-        license=legible(own) if isinstance(own, str) else None,
-        labels=tuple(legible(str(label)) for label in checkpoint.labels),
+        name=legible(checkpoint.name, keep=""),
+        license=legible(own, keep="") if isinstance(own, str) else None,
+        labels=tuple(legible(str(label), keep="") for label in checkpoint.labels),
     )
 
 

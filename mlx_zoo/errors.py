@@ -6,11 +6,11 @@ A message says what happened, where, and what to do. (`ValueError` is used for a
 from __future__ import annotations
 
 
-def legible(text: str) -> str:
-    """`text` with escapes for what a terminal would obey or hide; lines stay lines."""
+def legible(text: str, keep: str = "\n\t") -> str:
+    """`text` with escapes for what a terminal would obey or hide, but for `keep`."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 class MLXZooError(Exception):
@@ -33,7 +33,7 @@ class MappingError(MLXZooError):
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()):
         self.message = message
-        self.problems = problems = tuple(legible(text).replace("\n", "\\n") for text in problems)
+        self.problems = problems = tuple(legible(text, keep="") for text in problems)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__("\n  ".join([f"{message}: {count}", *problems]) if problems else message)
 

@@ -290,7 +290,12 @@ def _verify_once(model: nn.Module, found: Converted, place: Place) -> None:
     """Compare with the PyTorch original unless that was done before for these very weights."""
     from mlx_zoo.verify import stored, verify
 
-    if found.entry and stored.verified_here(model, found.entry):
+    # What a folder says of itself is not taken for a verification.
+    if (
+        found.entry
+        and stored.is_own(model, found.entry)
+        and stored.verified_here(model, found.entry)
+    ):
         return
     report = verify(model, cache_dir=place.cache_dir, local_files_only=place.local_files_only)
     if not report.passed:

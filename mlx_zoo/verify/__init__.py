@@ -188,8 +188,15 @@ def _verified(
     stored.keep(model, report, found if isinstance(found, Evidence) else None)
     if device == "cpu":
         return report
-    with mx.stream(mx.default_device()):
-        return on_another_device(run("gpu"), report, real_float32("gpu"))
+    try:
+        with mx.stream(mx.default_device()):
+            return on_another_device(run("gpu"), report, real_float32("gpu"))
+    except RuntimeError as error:  # a kernel that MLX cannot compile, say
+        said = str(error).partition("\n")[0]
+        raise VerificationError(
+            f"{report.name}: MLX cannot compute it here ({said}). On the cpu: {report.reason}",
+            report,
+        ) from error
 
 
 # Evidence ---------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def sweep(
 ) -> Iterator[Verdict]:
     """Verify what is cached, entry by entry; the network is not asked, and nothing stops it.
 
-    Entries that are damaged, and those without evidence, are verdicts that say so. Bundled networks
-    are left out. Each network's memory is given back before the next is loaded.
+    Entries that are damaged, and those without evidence, are verdicts that say so. Each network's
+    memory is given back before the next is loaded.
 
     Args:
         evidence, seed, device: as `verify` takes them.
@@ -90,22 +90,17 @@ def sweep(
         found = _verdict(path, place, evidence, seed, device)
         gc.collect()
         mx.clear_cache()
-        if found is not None:
-            yield replace(found, seconds=time.perf_counter() - start)
+        yield replace(found, seconds=time.perf_counter() - start)
 
 
-def _verdict(
-    path: Path, place: Place, evidence: str | None, seed: int, device: str
-) -> Verdict | None:
-    """Of the entry in a folder; None where it ships with the package."""
+def _verdict(path: Path, place: Place, evidence: str | None, seed: int, device: str) -> Verdict:
+    """Of the entry in a folder."""
     from mlx_zoo.verify import verify
 
     found = Verdict(path, path.name, "", "", "damaged", "", 0.0)
     try:
         entry = cache.read_entry(path)
         checkpoint, _ = describe.from_json(entry.manifest)
-        if checkpoint.source.startswith("package:"):
-            return None
         revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
         source = checkpoint.source.partition("@")[0] + revision
         found = replace(found, name=checkpoint.name, source=source, dtype=_kind(entry))

@@ -54,6 +54,7 @@ class Evidence:
     layers: Mapping[str, Answer]  # by our names
     said: str  # the inputs in words
     seed: int | None  # of the inputs
+    tables: Mapping[str, Answer] = field(default_factory=dict)  # embeddings whole, by layer
     few: int | None = None  # how many of the inputs the layers saw; None: all of them
     versions: Mapping[str, str] = field(default_factory=dict)  # of the original's libraries
     sha256: Mapping[str, str] = field(default_factory=dict)  # file of published weights -> hash
@@ -81,7 +82,10 @@ class Evidence:
             name=model.checkpoint.name,
             evidence=self.what,
             outputs=tuple(a.judge(n, outputs[n], precision) for n, a in self.outputs.items()),
-            layers=tuple(self.layers[n].judge(n, x, precision) for n, x in layers.items()),
+            layers=(
+                *(self.layers[n].judge(n, x, precision) for n, x in layers.items()),
+                *self._tables(model, precision),
+            ),
             device=device,
             seed=self.seed,
             inputs=self.said,
@@ -91,3 +95,11 @@ class Evidence:
             sha256=self.sha256,
             **closely,
         )
+
+    def _tables(self, model: nn.Module, precision: str) -> list[Comparison]:
+        """Of embeddings, all rows: the inputs have few of the tokens and positions."""
+        modules = dict(model.named_modules())
+        return [
+            answer.judge(f"{name}.weight", compare.as_numpy(modules[name].weight), precision)
+            for name, answer in self.tables.items()
+        ]

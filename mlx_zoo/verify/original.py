@@ -12,6 +12,7 @@ from mlx_zoo import describe, registry
 from mlx_zoo.catalogue import Architecture
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import VerificationError
+from mlx_zoo.hub.checkpoint import read_state_dict
 from mlx_zoo.hub.fetch import fetch_weights
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
@@ -53,6 +54,7 @@ def run_original(
     inputs = compare.random_inputs(architecture.inputs, model.config, shown, seed)
 
     fetched = fetch_weights(describe.source_of(checkpoint), **place.options)
+    read_state_dict(fetched.weights, fetched.index)  # no pickle is PyTorch's before it was ours
     files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
     original = reference.build(checkpoint, model.config, files, fetched.weights)
     pairs = _pairs(model, architecture, original)
@@ -71,6 +73,11 @@ def run_original(
             continue
         single, double = (pairs[name].out_of(x, modules[name], shape) for x in (same, true))
         answers[name] = Answer(single, double)
+    tables = {
+        name: Answer(*reference.table(original, pair.theirs, precision))
+        for name, pair in pairs.items()
+        if isinstance(modules[name], nn.Embedding)
+    }
     library = checkpoint.reference.library
     return Evidence(
         kind="original",
@@ -79,6 +86,7 @@ def run_original(
         inputs=inputs,
         outputs={name: Answer(same_outputs[name], true_outputs[name]) for name in outputs},
         layers=answers,
+        tables=tables,
         said=", ".join(f"{name} {x.shape}" for name, x in inputs.items()),
         seed=seed,
         versions=reference.versions(library),

@@ -7,14 +7,15 @@ import functools
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_zoo.catalogue import Checkpoint, Reference
-from mlx_zoo.errors import CheckpointError, MissingDependency, VerificationError
+from mlx_zoo.errors import CheckpointError, MissingDependency, MLXZooError, VerificationError
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,12 +40,21 @@ def build(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path], weight
 
     reference = checkpoint.reference
     assert reference is not None
-    with torch.random.fork_rng(devices=()):  # fresh weights are drawn: the caller's numbers stay
-        if reference.library == "transformers":
-            model = _transformers(checkpoint, config, files)
-        else:
-            model = _filled(create(reference, config), config, weights)
-    return model.eval().float()
+    try:
+        # Fresh weights are drawn: the caller's numbers stay.
+        with torch.random.fork_rng(devices=()):
+            if reference.library == "transformers":
+                model = _transformers(checkpoint, config, files)
+            else:
+                model = _filled(create(reference, config), config, weights)
+        return model.eval().float()
+    except (MLXZooError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever the library makes of a config that a stranger wrote
+        kind, *said = type(error).__name__, *str(error).splitlines()[:1]
+        raise VerificationError(
+            f"{reference.library} cannot build {checkpoint.name}: {': '.join((kind, *said))}"
+        ) from error
 
 
 def create(reference: Reference, config: Any):
@@ -88,6 +98,14 @@ def run(
         for hook in hooks:
             hook.remove()
     return _outputs(output), seen
+
+
+def table(model: Any, name: str, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of an embedding of the original, in the precision and in float64."""
+    import torch
+
+    weight = model.get_submodule(name).weight
+    return _numpy(weight.to(getattr(torch, precision))), _numpy(weight.double())
 
 
 def _observe(module, hook: Callable):
@@ -241,14 +259,12 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
 
     from mlx_zoo import registry
 
-    transformers.utils.logging.disable_progress_bar()
-
     if "config.json" not in files:
         raise VerificationError(
             f"the original of {checkpoint.name} needs its config.json, which a bare file lacks: "
             "put both into a folder and load local-dir:folder"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet(transformers.utils.logging):
         for name, path in files.items():
             link = Path(folder, name)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +299,20 @@ def _transformers(checkpoint: Checkpoint, config: Any, files: Mapping[str, Path]
             f"{name} itself finds no weights for {', '.join(map(str, missing))}"
         )
     return model
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without transformers' bars, and its lists of the tensors that another head would take."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _sentence_transformer(folder: str):

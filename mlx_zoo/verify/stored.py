@@ -21,7 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_zoo import zoo
+from mlx_zoo import describe, zoo
+from mlx_zoo.catalogue import as_size
 from mlx_zoo.converting import warn_once
 from mlx_zoo.describe import path_of
 from mlx_zoo.errors import MLXZooError, VerificationError
@@ -45,6 +46,7 @@ from mlx_zoo.verify.report import Report, plain
 IMAGES = "package:digits.safetensors"  # held-out ones, as every network for digits has seen them
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order networks take them
 BEST = ("original", "weights")  # kinds of evidence that no other replaces
+FOREIGN = " (so says the folder: it proves what its writer has proved)"
 FACTS = "evidence"  # the key in a fingerprint's header
 MAX_INPUTS = 1 << 18  # bytes that are kept of inputs
 MAX_WHOLE = 2048  # values of an output; of a larger one as many are kept
@@ -196,9 +198,22 @@ def fingerprint(model: nn.Module) -> Evidence | str:
     try:
         if cache.sha256_of(path) != done.get("fingerprint"):
             return f"the fingerprint in {entry.path} is not the one that was written"
-        return unpack(path, model)
-    except (KeyError, TypeError, ValueError, OSError, MLXZooError) as error:
+        found = unpack(path, model)
+        outputs, layers = compare.shapes(model, found.inputs, found.layers)
+        if (outputs.keys(), layers.keys()) != (found.outputs.keys(), found.layers.keys()):
+            raise ValueError("it speaks of other outputs or layers")
+        return found if is_own(model, entry) else replace(found, origin=found.origin + FOREIGN)
+    # Whatever its writer, who may be a stranger, made of it.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"the fingerprint in {entry.path} cannot be used: {error!r}"
+    except (OSError, MLXZooError) as error:
         return f"the fingerprint in {entry.path} cannot be used: {error}"
+
+
+def is_own(model: nn.Module, entry: cache.Entry) -> bool:
+    """Whether an entry is of this user's cache, not a folder that anyone may have written."""
+    place = getattr(model, "place", describe.Place())
+    return entry.path.absolute().is_relative_to(place.root.absolute())
 
 
 def is_as_stored(model: nn.Module, entry: cache.Entry) -> bool:
@@ -281,7 +296,9 @@ def unpack(path: Path, model: nn.Module) -> Evidence:
     shapes = facts["shapes"]
     inputs = {name: stored[f"input.{name}"] for name in shapes if f"input.{name}" in stored}
     if not inputs:  # of images alone: tokens are small
-        _, height, width, _ = next(iter(shapes.values()))
+        ((_, *sides, _),) = shapes.values()
+        as_size(sides)  # of a sane size
+        height, width = sides
         inputs = compare.random_inputs("images", model.config, (height, width), facts["seed"])
     if {name: _hash(x) for name, x in inputs.items()} != facts["sha256"]:
         raise ValueError("its inputs cannot be made again with this NumPy")
