@@ -6,7 +6,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from hashlib import sha256
@@ -69,6 +70,21 @@ class Checkpoint:
         return bool(NON_COMMERCIAL.search((self.license or "").lower()))
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """MLX's random state is afterwards what it was.
+
+    MLX draws lazily, but each draw moves the state: others' numbers would depend on it, and the
+    moves pile up until somebody draws.
+    """
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A family of networks: one native module and the dialects in which its weights come."""
@@ -116,17 +132,9 @@ class Architecture:
         return found if isinstance(found, Spec) else found(config)
 
     def outline(self, config: Any) -> Any:
-        """A network for the names and shapes of its parameters alone: nothing is allocated.
-
-        MLX draws lazily, but each draw moves its random state: it is put back, so that nobody's
-        numbers depend on it and its moves do not pile up.
-        """
-        state: Any = mx.random.state
-        high, low = state[0].tolist()
-        try:
+        """A network for the names and shapes of its parameters alone: nothing is allocated."""
+        with random_state_kept():
             return self.model(config)
-        finally:
-            mx.random.seed(high << 32 | low)
 
     def fingerprint(self, config: Any) -> str:
         """Changes when any dialect changes, and with it what a conversion yields."""

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import mlx.core as mx
-
+from mlx_zoo.catalogue import random_state_kept
 from mlx_zoo.verify.report import Report
 
 TF32 = "MLX_ENABLE_TF32"
@@ -26,15 +25,13 @@ def undisturbed(device: str) -> Iterator[None]:
     Meanwhile TF32 is off where `device` is "gpu", as far as it can be: MLX reads the variable once,
     at its first product on the GPU, for as long as the process lives.
     """
-    state: Any = mx.random.state
-    high, low = state[0].tolist()
     settles = device == "gpu" and TF32 not in os.environ
     if settles:
         os.environ[TF32] = "0"
     try:
-        yield
+        with random_state_kept():
+            yield
     finally:
-        mx.random.seed(high << 32 | low)
         if settles:
             os.environ.pop(TF32, None)
 

@@ -31,11 +31,11 @@ import numpy as np
 
 from mlx_zoo import describe, zoo
 from mlx_zoo.catalogue import as_size
-from mlx_zoo.converting import warn_once
 from mlx_zoo.describe import path_of
 from mlx_zoo.errors import MLXZooError, VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import NUMPY_DTYPES, read_state_dict
+from mlx_zoo.hub.keeping import cannot_keep
 from mlx_zoo.hub.safetensors_header import read_header
 from mlx_zoo.mapping import engine
 from mlx_zoo.preprocess.image import preprocess
@@ -131,7 +131,7 @@ def keep(model: nn.Module, report: Report, evidence: Evidence | None) -> None:
             said["fingerprint"] = hashlib.sha256(data).hexdigest()
         cache.stamp(entry, said)
     except OSError as error:
-        warn_once(f"the verification cannot be kept in {entry.path}: {error}")
+        cannot_keep(entry.path, error)
 
 
 def carry(model: nn.Module, folder: Path) -> None:
