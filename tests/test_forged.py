@@ -197,9 +197,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_never_kept_under_anothers_h
     assert not expected
 
 
-@pytest.mark.parametrize(
-    ("name", "table"), [("gpt2_docs", "wpe"), ("bert_docs", "word_embed")]
-)
+@pytest.mark.parametrize(("name", "table"), [("gpt2_docs", "wpe"), ("bert_docs", "word_embed")])
 def test_rows_of_a_table_that_no_input_reaches_are_compared(name, table):
     model = mlx_zoo.load(name, pretrained=True)
     layer = getattr(model, table)
