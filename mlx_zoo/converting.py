@@ -414,7 +414,7 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
         if is_bare(checkpoint):
             checkpoint = replace(checkpoint, config=stored.config)
         checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
-        how = _quantization_of(entry.manifest)
+        how = quantization_of(entry.manifest)
         found = Converted(cache.read_weights(entry), config, checkpoint, how, entry)
     except CheckpointError as error:  # of another release, say
         cache.quarantine(place.root, entry.path, error)
@@ -426,7 +426,8 @@ def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
     return found
 
 
-def _quantization_of(manifest: Mapping[str, Any]) -> Quantization | None:
+def quantization_of(manifest: Mapping[str, Any]) -> Quantization | None:
+    """How the weights of a manifest are quantised, if they are."""
     said = manifest.get("quantization")
     return None if said is None else config_from(Quantization, said)
 
@@ -453,7 +454,7 @@ def _from_folder(folder: Path, request: Request) -> Converted:
     published = vars(request.checkpoint.config)
     said = {k: v for k, v in vars(request.config).items() if k != "task" and v != published[k]}
     config = replace(config, **said)
-    how = _quantization_of(entry.manifest)
+    how = quantization_of(entry.manifest)
     if engine.parameters(network(request.architecture, config, how)).keys() != weights.keys():
         raise CheckpointError(f"{folder}: its weights and config disagree")
     if request.task != getattr(config, "task", None):

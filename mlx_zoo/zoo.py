@@ -26,6 +26,7 @@ from mlx_zoo.converting import (
     manifest_of,
     network,
     no_head,
+    quantization_of,
 )
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, VerificationError
@@ -242,8 +243,7 @@ def of_entry(entry: cache.Entry, place: Place) -> nn.Module:
     """
     cache.check(entry)
     checkpoint, config = describe.from_json(entry.manifest)
-    said = entry.manifest.get("quantization")
-    how = None if said is None else config_from(quantization.Quantization, said)
+    how = quantization_of(entry.manifest)
     found = Converted(cache.read_weights(entry), config, checkpoint, how, entry)
     architecture = registry.architectures()[checkpoint.architecture]
     model = _network(found, Request(checkpoint, architecture, config))

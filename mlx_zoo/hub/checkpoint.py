@@ -14,7 +14,13 @@ import numpy as np
 
 from mlx_zoo.errors import CheckpointError, UnsafeCheckpoint
 from mlx_zoo.hub.safetensors_header import Header, read_header, strict_json
-from mlx_zoo.hub.torch_checkpoint import looks_like, other_kind, read_tensors, strip_prefixes
+from mlx_zoo.hub.torch_checkpoint import (
+    SAFETENSORS,
+    looks_like,
+    other_kind,
+    read_tensors,
+    strip_prefixes,
+)
 
 MAX_INDEX = 64 << 20  # bytes
 SHARD_SUFFIXES = (".safetensors", ".bin")
@@ -81,9 +87,14 @@ def check_index(index: Path, names_by_file: Mapping[str, Collection[str]]) -> No
             raise CheckpointError(f"{index}: {file} holds {_some(surplus)}, unknown to the index")
 
 
+def is_safetensors(path: Path) -> bool:
+    """By its first bytes, whatever its name."""
+    return looks_like(_read(path, 512)) == SAFETENSORS
+
+
 def _read_file(path: Path) -> dict[str, mx.array]:
     kind = looks_like(_read(path, 512))
-    if kind == "a safetensors file":
+    if kind == SAFETENSORS:
         return read_safetensors(path, read_header(path))
     if kind in ("a zip archive", "a pickle", "a tar archive"):
         return read_tensors(path)

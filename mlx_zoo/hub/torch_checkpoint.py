@@ -271,6 +271,7 @@ def _stream_regions(
 
 # --- Files of another kind ------------------------------------------------------------------------
 
+SAFETENSORS = "a safetensors file"
 SIGNATURES = (  # in lower case
     (b"pk\x03\x04", "a zip archive"),
     (b"version https://git-lfs", "a git-lfs pointer: the file itself was never fetched"),
@@ -304,7 +305,7 @@ def looks_like(first_bytes: bytes) -> str:
     if not first_bytes:
         return "an empty file"
     if first_bytes[5:9] == b"\0\0\0{":  # after the length of the header, which is below 2**40
-        return "a safetensors file"
+        return SAFETENSORS
     if first_bytes[257:262] == b"ustar":
         return "a tar archive"
     text = first_bytes[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -12,7 +12,7 @@ from mlx_zoo import describe, registry
 from mlx_zoo.catalogue import Architecture
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import VerificationError
-from mlx_zoo.hub.checkpoint import read_state_dict
+from mlx_zoo.hub.checkpoint import is_safetensors, read_state_dict
 from mlx_zoo.hub.fetch import fetch_weights
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
@@ -54,7 +54,9 @@ def run_original(
     inputs = compare.random_inputs(architecture.inputs, model.config, shown, seed)
 
     fetched = fetch_weights(describe.source_of(checkpoint), **place.options)
-    read_state_dict(fetched.weights, fetched.index)  # no pickle is PyTorch's before it was ours
+    for path in fetched.weights:
+        if not is_safetensors(path):
+            read_state_dict([path])  # no pickle is PyTorch's before it was ours
     files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
     original = reference.build(checkpoint, model.config, files, fetched.weights)
     pairs = _pairs(model, architecture, original)

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_zoo import describe, registry
 from mlx_zoo.catalogue import DATA, Checkpoint
 from mlx_zoo.describe import Place
-from mlx_zoo.errors import CheckpointError, UnsupportedFormat
+from mlx_zoo.errors import CheckpointError
 from mlx_zoo.hub import cache
 from mlx_zoo.preprocess.text import Tokenizer
 from mlx_zoo.verify import compare, stored
@@ -62,7 +62,7 @@ class Published:
 
     def report(self, model: nn.Module, precision: str, device: str) -> Report:
         """Run `model` on what each row shows it, and compare with what the row says it gives."""
-        tokenizer = _tokenizer(model, self.place)
+        tokenizer = tokenizer_of(model, self.place)
         found = [_compare(model, case, tokenizer, precision) for case in self.cases]
         rows, counts = zip(*found, strict=True)
         return Report(
@@ -92,7 +92,7 @@ def find_published(model: nn.Module, place: Place) -> Published | str:
         return f"no outputs are published of {checkpoint.name}" + (
             f" with a head for {task}" if rows and task else ""
         )
-    if any("texts" in case for case in cases) and _tokenizer(model, place) is None:
+    if any("texts" in case for case in cases) and tokenizer_of(model, place) is None:
         return f"the outputs published of {checkpoint.name} need its tokenizer, which is not there"
     return Published(cases, place)
 
@@ -120,13 +120,14 @@ def _numbers(values: Any) -> Iterator[Decimal]:
         yield Decimal(values)
 
 
-def _tokenizer(model: nn.Module, place: Place) -> Tokenizer | None:
+def tokenizer_of(model: nn.Module, place: Place) -> Tokenizer | None:
+    """Of a network for texts; None where the files do not say, or it is not implemented."""
     architecture = registry.of_model(model)
     if architecture.inputs != "tokens":
         return None
     try:
         return Tokenizer.from_files(describe.companions(model.checkpoint, architecture, place))
-    except (CheckpointError, UnsupportedFormat):
+    except CheckpointError:
         return None
 
 

@@ -11,15 +11,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_zoo import describe, registry, zoo
+from mlx_zoo import registry, zoo
 from mlx_zoo.converting import Request, converted, network
 from mlx_zoo.describe import Place
-from mlx_zoo.errors import CheckpointError, UnsupportedFormat, VerificationError
+from mlx_zoo.errors import VerificationError
 from mlx_zoo.hub import cache
 from mlx_zoo.mapping import engine
-from mlx_zoo.preprocess.text import Tokenizer
 from mlx_zoo.quantization import quantize_layers
 from mlx_zoo.verify import compare
+from mlx_zoo.verify.published import tokenizer_of
 from mlx_zoo.verify.report import Report, judge, look_closely
 
 NUM_IMAGES = 16
@@ -138,15 +138,11 @@ def _unequal(own: Mapping[str, mx.array], again: Mapping[str, mx.array]) -> tupl
 
 def _inputs(model: nn.Module, place: Place, seed: int) -> tuple[dict[str, np.ndarray], str]:
     """What both networks see, and what that is in words."""
-    checkpoint, architecture = model.checkpoint, registry.of_model(model)
     config = model.config
-    if architecture.inputs == "images":
+    if registry.of_model(model).inputs == "images":
         size = compare.image_size(model)
         return compare.random_inputs("images", config, size, seed, NUM_IMAGES), "of seeded noise"
-    try:
-        tokenizer = Tokenizer.from_files(describe.companions(checkpoint, architecture, place))
-    except (CheckpointError, UnsupportedFormat):
-        tokenizer = None
+    tokenizer = tokenizer_of(model, place)
     if tokenizer is None or config.task == "multiple-choice":
         inputs = compare.random_inputs("tokens", config, NUM_TOKENS, seed)
         return inputs, "of seeded random tokens"

@@ -429,19 +429,18 @@ def _state_dict(weights: Sequence[Path]) -> dict[str, Any]:
     """The published tensors, read by PyTorch's and safetensors' own readers, not by ours."""
     import torch
 
+    from mlx_zoo.hub.checkpoint import is_safetensors
     from mlx_zoo.hub.torch_checkpoint import WRAPPERS, strip_prefixes
 
     state: dict[str, Any] = {}
     for path in weights:
-        with path.open("rb") as file:
-            is_pickle = file.read(2) in (b"PK", b"\x80\x02")
-        if is_pickle:
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-            state |= next((tree[key] for key in WRAPPERS if isinstance(tree.get(key), dict)), tree)
-        else:
+        if is_safetensors(path):
             from safetensors.torch import load_file
 
             state |= load_file(path)
+        else:
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+            state |= next((tree[key] for key in WRAPPERS if isinstance(tree.get(key), dict)), tree)
     if not state:
         raise CheckpointError(f"no tensors in {', '.join(map(str, weights))}")
     return strip_prefixes(state)
