@@ -32,7 +32,8 @@ SCANNED = ("models/*.py", "tasks/*.py", "preprocess/*.py", "backend/*.py", "quan
 NEEDS_NO_CASE = {
     **dict.fromkeys(("mx.array", "mx.Dtype", "mx.finfo", "mx.issubdtype"), "about types"),
     **dict.fromkeys(("mx.eval", "mx.async_eval", "mx.stream"), "about when and where"),
-    "mx.default_device": "about where",
+    **dict.fromkeys(("mx.default_device", "mx.new_stream", "mx.contiguous"), "about where"),
+    **dict.fromkeys(("mx.custom_function", "mx.vjp", "mx.jvp"), "about gradients: test_ops"),
     "x.item": "reads what is there",
     "x.split": "of strings",
     "mx.load": "a file's bytes: the hub's tests",

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
+    Conv2d,
     DropPath,
     as_images,
     check_choice,
@@ -127,7 +128,7 @@ def plan(config: EfficientNetConfig) -> list[list[BlockConfig]]:
     return stages
 
 
-class Conv(nn.Conv2d):
+class Conv(Conv2d):
     """A convolution that pads as `padding` says. (B, H, W, C) -> (B, H / stride, W / stride, D)."""
 
     def __init__(
@@ -141,12 +142,11 @@ class Conv(nn.Conv2d):
         high, wide = (self.growth(side, kernel, stride) for side in x.shape[1:3])
         if high % 2 or wide % 2:
             x = mx.pad(x, [(0, 0), (0, high % 2), (0, wide % 2), (0, 0)])
-        halves = (high // 2, wide // 2)
-        return mx.conv2d(x, self.weight, stride, halves, groups=self.groups)
+        return super().__call__(x, (high // 2, wide // 2))
 
 
-def conv1x1(in_dims: int, out_dims: int) -> nn.Conv2d:
-    return nn.Conv2d(in_dims, out_dims, 1, bias=False)
+def conv1x1(in_dims: int, out_dims: int) -> Conv2d:
+    return Conv2d(in_dims, out_dims, 1, bias=False)
 
 
 class SqueezeExcite(nn.Module):
@@ -155,8 +155,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self, dims: int, squeezed: int, act: str):
         super().__init__()
         self.act = ACTIVATIONS[act]
-        self.conv_reduce = nn.Conv2d(dims, squeezed, 1)
-        self.conv_expand = nn.Conv2d(squeezed, dims, 1)
+        self.conv_reduce = Conv2d(dims, squeezed, 1)
+        self.conv_expand = Conv2d(squeezed, dims, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.act(self.conv_reduce(spatial_mean(x)))

@@ -6,22 +6,14 @@ Letters in shape comments: B batch, H W C image, N tokens, D dims.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-
-def gelu(x: mx.array) -> mx.array:
-    """The exact form, x * Phi(x), by the error function."""
-    return x * (1 + mx.erf(x * math.sqrt(0.5))) * 0.5
-
-
-def gelu_tanh(x: mx.array) -> mx.array:
-    """The tanh form of the GELU paper, section 2."""
-    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-
+from mlx_zoo.backend import ops
+from mlx_zoo.backend.ops import gelu, gelu_tanh, silu
 
 # By the names that PyTorch's config files use. mlx.nn's own versions are wrapped in mx.compile,
 # which on the CPU calls a C++ compiler at run time; these need none.
@@ -33,14 +25,14 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu_python_tanh": gelu_tanh,
     "gelu_fast": gelu_tanh,
     "gelu_accurate": gelu_tanh,
-    "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
+    "quick_gelu": lambda x: silu(x, 1.702),
     "gelu_10": lambda x: mx.clip(gelu(x), -10, 10),
     "relu": lambda x: mx.maximum(x, 0),
     "relu2": lambda x: mx.square(mx.maximum(x, 0)),
     "relu6": lambda x: mx.clip(x, 0, 6),
     "leaky_relu": lambda x: mx.maximum(x, 0.01 * x),
-    "silu": lambda x: x * mx.sigmoid(x),
-    "swish": lambda x: x * mx.sigmoid(x),
+    "silu": silu,
+    "swish": silu,
     "mish": lambda x: x * mx.tanh(mx.logaddexp(x, 0)),
     "hardswish": lambda x: x * mx.clip(x + 3, 0, 6) / 6,
     "laplace": lambda x: 0.5 * (1 + mx.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
@@ -54,6 +46,8 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017). (B, N, D) -> (B, N, D)."""
+
+    projects_together = True  # queries, keys and values are of the same tokens
 
     def __init__(
         self,
@@ -80,7 +74,7 @@ class Attention(nn.Module):
 
         A `cache` takes the keys and values of x and gives those of all tokens so far.
         """
-        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(self.heads, self.project(x))
         if cache is not None:
             k, v = cache.update(k, v)
         if self.training and self.p > 0:  # the fused kernel cannot drop weights
@@ -90,8 +84,14 @@ class Attention(nn.Module):
             weights = mx.softmax(scores if mask is None else scores + mask, axis=-1)
             y = self.dropout(weights) @ v
         else:
-            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+            y = ops.attention(q, k, v, scale=self.scale, mask=mask)
         return self.out_proj(y.swapaxes(1, 2).flatten(2))
+
+    def project(self, x: mx.array) -> Sequence[mx.array]:
+        """Queries, keys and values, each (B, N, D)."""
+        if "qkv" in self:  # the three layers as one, which `optimize_for_inference` made
+            return mx.split(self.qkv(x), 3, axis=-1)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def heads(self, x: mx.array) -> mx.array:
         """(B, N, D) -> (B, heads, N, D / heads)."""
@@ -123,6 +123,20 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution, computed in the way that is fastest on the device. (B, H, W, C)."""
+
+    def __call__(self, x: mx.array, padding: tuple[int, int] | None = None) -> mx.array:
+        return ops.conv2d(
+            x,
+            self.weight,
+            self.bias if "bias" in self else None,
+            stride=self.stride,
+            padding=self.padding if padding is None else padding,
+            groups=self.groups,
+        )
 
 
 class DropPath(nn.Module):

@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
+    Conv2d,
     DropPath,
     as_images,
     check_choice,
@@ -137,12 +138,12 @@ RESNETS = {
 }
 
 
-def conv3x3(in_dims: int, out_dims: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_dims, out_dims, 3, stride, padding=1, groups=groups, bias=False)
+def conv3x3(in_dims: int, out_dims: int, stride: int = 1, groups: int = 1) -> Conv2d:
+    return Conv2d(in_dims, out_dims, 3, stride, padding=1, groups=groups, bias=False)
 
 
-def conv1x1(in_dims: int, out_dims: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_dims, out_dims, 1, stride, bias=False)
+def conv1x1(in_dims: int, out_dims: int, stride: int = 1) -> Conv2d:
+    return Conv2d(in_dims, out_dims, 1, stride, bias=False)
 
 
 class Activation(nn.Module):
@@ -186,8 +187,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self, dims: int, ratio: float):
         super().__init__()
         hidden_dims = max(8, int(dims * ratio + 4) // 8 * 8)
-        self.fc1 = nn.Conv2d(dims, hidden_dims, 1)
-        self.fc2 = nn.Conv2d(hidden_dims, dims, 1)
+        self.fc1 = Conv2d(dims, hidden_dims, 1)
+        self.fc2 = Conv2d(hidden_dims, dims, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = mx.maximum(self.fc1(spatial_mean(x)), 0)
@@ -217,7 +218,7 @@ def stem(config: ResNetConfig) -> tuple[nn.Module | list[nn.Module], int]:
     """What halves the sides of the images first, and how many channels it puts out."""
     width = config.stem_width
     if config.stem == "plain":
-        return nn.Conv2d(config.in_chans, width, 7, 2, padding=3, bias=False), width
+        return Conv2d(config.in_chans, width, 7, 2, padding=3, bias=False), width
     first = width // 4 * 3 if config.stem == "tiered" else width
     norm = NORMS[config.norm]
     layers = [

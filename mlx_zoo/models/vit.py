@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zoo.backend import ops
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
     MLP,
@@ -374,13 +375,14 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.latent = mx.random.normal((1, 1, config.dims), scale=config.dims**-0.5)
         self.attn = Attention(config.dims, config.num_heads)
+        self.attn.projects_together = False
         self.norm = nn.LayerNorm(config.dims, config.norm_eps)
         self.mlp = MLP(config.dims, config.mlp_dims, config.act)
 
     def __call__(self, x: mx.array) -> mx.array:
         attn, latent = self.attn, mx.broadcast_to(self.latent, (x.shape[0], 1, x.shape[2]))
         q, k, v = (attn.heads(y) for y in (attn.q_proj(latent), attn.k_proj(x), attn.v_proj(x)))
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+        y = ops.attention(q, k, v, scale=attn.scale)
         x = attn.out_proj(y.swapaxes(1, 2).flatten(2))
         return (x + self.mlp(self.norm(x)))[:, 0]
 

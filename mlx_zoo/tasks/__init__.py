@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_zoo import zoo
+from mlx_zoo.backend.inference import optimize_for_inference
 from mlx_zoo.describe import Place, place_of
 from mlx_zoo.tasks.generation import TextGeneration
 from mlx_zoo.tasks.images import ImageClassification, ImageFeatures
@@ -17,7 +18,11 @@ from mlx_zoo.tasks.texts import FillMask, SentenceEmbedding, TextClassification
 
 
 def pipeline(
-    task: str, model: str | os.PathLike[str] | nn.Module, **options: Any
+    task: str,
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    optimize: bool = True,
+    **options: Any,
 ) -> Callable[..., Any]:
     """A function from inputs to answers, with the names and scores of transformers' pipelines.
 
@@ -42,6 +47,8 @@ def pipeline(
         task: one of the above.
         model: a name as `load` takes it, or a loaded network with the head of that task; it is
             put into eval mode.
+        optimize: whether the network is made faster first (`optimize_for_inference`); a loaded one
+            stays as it is, and what it learns later the pipeline knows.
         **options: as `load` takes them, where a name is given; of a loaded network, `cache_dir` and
             `local_files_only`: where the files beside its weights are.
 
@@ -56,7 +63,9 @@ def pipeline(
         model, options = zoo.load(model, **{"pretrained": True, **head, **options}), {}
     elif odd := sorted(options.keys() - {"cache_dir", "local_files_only"}):
         raise ValueError(f"{odd[0]}= is for a name: this network is loaded already")
-    return PIPELINES[task](model.eval(), place_of(model, **options))
+    place = place_of(model, **options)
+    model = model.eval()
+    return PIPELINES[task](optimize_for_inference(model) if optimize else model, place)
 
 
 IMAGE_TASKS = (ImageClassification.task, ImageFeatures.task)

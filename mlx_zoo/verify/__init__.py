@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo import describe, registry, zoo
+from mlx_zoo.backend.inference import original_of
 from mlx_zoo.backend.precision import real_float32
 from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
@@ -173,12 +174,15 @@ def _verified(
             report = against_full_precision(model, place, seed, device)
             return replace(report, **facts, sha256=stored.source_hashes(model))
     else:
-        found, notes = _find(model, place, evidence, size, seed)
+        found, notes = _find(original_of(model), place, evidence, size, seed)
         preprocessing = _preprocessing(model.checkpoint, seed, place)
 
         def run(device: str) -> Report:
             report = found.report(model, _precision(model), device)
             more = () if report.passed else _explained(model, report)
+            if fused := getattr(model, "fused", ()):
+                layers = f"{len(fused)} layers are fused, and judged by what follows them"
+                more = (*more, f"optimised for inference: {layers}")
             sha256 = report.sha256 or stored.source_hashes(model)
             said = {"notes": (*report.notes, *more, *notes), "sha256": sha256, **facts}
             return replace(report, preprocessing=preprocessing, **said)

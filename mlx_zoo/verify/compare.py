@@ -10,12 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_zoo.backend import lanes, ops
+
 
 def run(
     model: nn.Module, inputs: Mapping[str, np.ndarray], layers: Iterable[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Outputs by name, and what each of `layers` gave, in the order of execution."""
-    with _recording(model, frozenset(layers)) as seen:
+    with lanes.single(), _recording(model, frozenset(layers)) as seen:
         output = model(*(mx.array(x) for x in inputs.values()))
     return {name: as_numpy(x) for name, x in _outputs(output)}, {
         name: as_numpy(x) for name, x in seen.items()
@@ -26,7 +28,7 @@ def shapes(
     model: nn.Module, inputs: Mapping[str, np.ndarray], layers: Iterable[str]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """As `run`, but only the shapes: MLX is lazy, and nothing is computed."""
-    with _recording(model, frozenset(layers)) as seen:
+    with ops.plain(), _recording(model, frozenset(layers)) as seen:
         output = model(*(mx.array(x) for x in inputs.values()))
     return {name: x.shape for name, x in _outputs(output)}, {n: x.shape for n, x in seen.items()}
 

@@ -66,11 +66,12 @@ class Evidence:
 
     def report(self, model: nn.Module, precision: str, device: str) -> Report:
         """Run `model` on the same inputs and judge every output and layer."""
-        asked = () if self.few is not None else self.layers
+        alike = self.layers.keys() - getattr(model, "fused", ())
+        asked = () if self.few is not None else alike
         outputs, layers = compare.run(model, self.inputs, asked)
         if self.few is not None:
             few = {name: x[: self.few] for name, x in self.inputs.items()}
-            _, layers = compare.run(model, few, self.layers)
+            _, layers = compare.run(model, few, alike)
         whole = [name for name, answer in self.outputs.items() if answer.index is None]
         closely = look_closely(
             {name: outputs[name] for name in whole},

@@ -1,0 +1,195 @@
+"""A network made faster for inference: fewer passes over memory, and every core at work."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_zoo.backend import lanes
+
+# The methods of a network that take a batch and give a batch.
+BATCHED = ("__call__", "features", "forward_intermediates", "encode")
+
+
+def optimize_for_inference(model: nn.Module) -> nn.Module:
+    """A network that computes what `model` does, faster, for inference alone.
+
+    BatchNorm is folded into the convolution before it; the projections to queries, keys and values
+    become one; on the CPU a batch is divided among the cores. The outputs are those of `model` up
+    to rounding. Pipelines do this by themselves.
+
+    Args:
+        model: a network of this package, in eval mode. It stays as it is, and shares the weights
+            that are not changed.
+
+    Returns:
+        A network of the same class. Its `.original` is `model`, which it follows: where that has
+        other weights later, so has this one. It has nothing to train, and cannot be changed by
+        itself.
+
+    Raises:
+        ValueError: a network in training mode, where statistics move and dropout is at work.
+    """
+    if isinstance(model, Optimized):
+        return model
+    if model.training:
+        raise ValueError("this network is in training: model.eval() first")
+    fast = _fused(model)
+    fast.__class__ = _optimized(type(model))
+    return fast
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """The network that an optimised one was made of; any other itself."""
+    return model.original if isinstance(model, Optimized) else model
+
+
+class Optimized:
+    """What the class of an optimised network has besides."""
+
+    original: nn.Module
+    fused: frozenset[str]  # the layers that compute what several layers of the original do
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise ValueError(_refusal("trained"))
+        return super().train(False)  # type: ignore[misc]
+
+
+def _refusal(what: str) -> str:
+    return f"this network is optimised for inference and cannot be {what}: take its .original"
+
+
+def _optimized(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of an optimised network of class `kind`."""
+    methods = {name: _in_lanes(getattr(kind, name)) for name in BATCHED if hasattr(kind, name)}
+    methods |= {name: _refuse for name in dir(kind) if name.startswith("reset_")}
+    return type(kind.__name__, (Optimized, kind), methods)
+
+
+def _refuse(self, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(_refusal("changed"))
+
+
+def _in_lanes(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        if not lanes.is_lane():
+            _follow(self)
+        return lanes.divided(method, self, *args, **kwargs)
+
+    return run
+
+
+def _follow(fast: nn.Module) -> None:
+    """Make a network anew where its original has other weights, or other layers, than it had."""
+    now = _leaves(fast.original)
+    if len(now) == len(fast._made_of) and all(map(operator.is_, now, fast._made_of)):
+        return
+    anew = _fused(fast.original)
+    fast.clear()
+    dict.update(fast, anew)
+    vars(fast).update(vars(anew))
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    """A copy of a network, its layers fused, in eval mode. Only what changed is in memory twice."""
+    fast = _copied(model)
+    fused: set[str] = set()
+    for name, module in fast.named_modules():
+        fused |= {f"{name}.{own}".lstrip(".") for own in (*_fold_norms(module), *_fuse(module))}
+    nn.Module.train(fast, False)
+    fast.freeze()
+    mx.eval(fast.parameters())
+    # No modules of the network, so not by setattr.
+    vars(fast).update(original=model, fused=frozenset(fused), _made_of=_leaves(model))
+    return fast
+
+
+def _copied(value: Any) -> Any:
+    """Modules anew, in lists too; arrays and all else as they are."""
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if not isinstance(value, nn.Module):
+        return value
+    twin = copy.copy(value)
+    for name, child in value.items():
+        twin[name] = _copied(child)
+    return twin
+
+
+def _leaves(value: Any) -> list[mx.array]:
+    """The arrays of a module, parameters or not."""
+    if isinstance(value, mx.array):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for item in value for x in _leaves(item)] if isinstance(value, list) else []
+
+
+# BatchNorm --------------------------------------------------------------------------------------
+
+
+def _fold_norms(module: nn.Module) -> Iterator[str]:
+    """Fold each BatchNorm of a module into the convolution just before it; the latter's names.
+
+    Both are the module's own, or stand in a list of its layers: a network of this package has its
+    layers in the order in which it uses them.
+    """
+    before: tuple[str, Any] = ("", None)
+    for holder, key, name, layer in list(_layers(module)):
+        conv_name, conv = before
+        if isinstance(layer, nn.BatchNorm) and isinstance(conv, nn.Conv2d):
+            _fold(layer, conv)
+            holder[key] = nn.Identity()
+            yield conv_name
+        before = name, layer
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[Any, Any, str, nn.Module]]:
+    """The modules directly in a module and its lists: what holds them, by which key; name; it."""
+    for name, child in module.items():
+        if isinstance(child, nn.Module):
+            yield module, name, name, child
+        elif isinstance(child, list):
+            for i, item in enumerate(child):
+                if isinstance(item, nn.Module):
+                    yield child, i, f"{name}.{i}", item
+
+
+def _fold(norm: nn.BatchNorm, conv: nn.Conv2d) -> None:
+    """norm(conv(x)) = (w * scale) x + (bias - mean) * scale + shift, computed in float32."""
+    scale = mx.rsqrt(norm.running_var.astype(mx.float32) + norm.eps)
+    shift = mx.zeros_like(scale)
+    if "weight" in norm:
+        scale, shift = scale * norm.weight, norm.bias
+    bias = conv.bias if "bias" in conv else 0
+    dtype = conv.weight.dtype
+    conv.weight = (conv.weight * scale[:, None, None, None]).astype(dtype)
+    conv.bias = ((bias - norm.running_mean) * scale + shift).astype(dtype)
+
+
+# Attention --------------------------------------------------------------------------------------
+
+
+def _fuse(module: nn.Module) -> list[str]:
+    """Make one layer of an attention's q_proj, k_proj and v_proj; its name, where there is any."""
+    names = ("q_proj", "k_proj", "v_proj")
+    parts = [module[name] for name in names if name in module]
+    if len(parts) < 3 or {type(part) for part in parts} != {nn.Linear}:  # quantised, say
+        return []
+    if not module.projects_together:
+        return []
+    qkv = nn.Linear(1, 1, bias="bias" in parts[0])
+    for leaf in parts[0]:
+        qkv[leaf] = mx.concatenate([part[leaf] for part in parts])
+    for name in names:
+        module.pop(name)
+    module.qkv = qkv
+    return ["qkv"]

@@ -1,0 +1,189 @@
+"""Operations that networks call, and whose fastest way differs by device.
+
+Each computes what its docstring says in MLX's own operations, or hands over to a kernel that gives
+the same up to a few roundings, and was measured to be faster: `cpu` on Linux, `cuda`. Gradients are
+those of MLX's operations in any case, and where a function is being traced (mx.compile, mx.vmap,
+mx.export_function) these alone are used.
+
+MLX_ZOO_KERNELS=off in the environment, or `with plain():`, leaves everything to MLX.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_zoo.backend import cpu
+
+FEW = 2**14  # elements below which a kernel gains nothing over a lazy operation
+IM2COL_BYTES = 2**24  # of the patches that a convolution on the CPU lays out at a time
+
+_enabled = os.environ.get("MLX_ZOO_KERNELS", "").strip().lower() != "off"
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """For a while, MLX's own operations alone, in every thread."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact form, x * Phi(x), by the error function."""
+    return _fast(cpu.gelu, _gelu, x)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of the GELU paper (Hendrycks & Gimpel 2016, arXiv:1606.08415), section 2."""
+    return _fast(cpu.gelu_tanh, _gelu_tanh, x)
+
+
+def silu(x: mx.array, beta: float = 1.0) -> mx.array:
+    """x * sigmoid(beta x) (Ramachandran et al. 2017, arXiv:1710.05941)."""
+    return _fast(
+        lambda x: cpu.silu(x, beta),
+        lambda x: x * mx.sigmoid(x if beta == 1 else beta * x),
+        x,
+    )
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | str | None = None
+) -> mx.array:
+    """softmax(scale q k^T + mask) v, for q (B, heads, N, D) and k, v (B, heads, M, D).
+
+    `mask` broadcasts to (B, heads, N, M), or is "causal": of M tokens, the last N each see those
+    before them.
+    """
+
+    def exact(q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    def fast(q, k, v):
+        N, M = q.shape[2], k.shape[2]
+        added = mx.tri(N, M, M - N, dtype=mx.bool_) if isinstance(mask, str) else mask
+        if added is not None and added.dtype == mx.bool_:
+            added = mx.where(added, 0, mx.finfo(q.dtype).min / 2)
+        return cpu.attention(q, k, v, scale, added)
+
+    num_scores = math.prod(q.shape[:3]) * k.shape[2]
+    return _fast(fast, exact, q, k, v, size=num_scores)
+
+
+def conv2d(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+) -> mx.array:
+    """A convolution of (B, H, W, I) with (O, k, k, I / groups) -> (B, H', W', O)."""
+    O, high, wide, I = weight.shape
+    if (high, wide, padding, groups) == (1, 1, (0, 0), 1):  # a matrix product, without patches
+        x = x[:, :: stride[0], :: stride[1]]
+        return _add(x @ weight.reshape(O, I).T, bias)
+
+    def exact(x, weight, *bias):
+        y = _convolved(x, weight, stride, padding, groups)
+        return _add(y, *bias)
+
+    square = high == wide and stride[0] == stride[1] and padding[0] == padding[1]
+    if not (groups == O == x.shape[3] and groups > 1 and square):
+        return exact(x, weight, bias)
+
+    def fast(x, weight, *bias):
+        return cpu.depthwise(x, weight, bias[0] if bias else None, stride[0], padding[0])
+
+    arrays = [x, weight] if bias is None else [x, weight, bias]
+    return _fast(fast, lambda *a: exact(*a) if len(a) > 2 else exact(*a, None), *arrays)
+
+
+def _convolved(x, weight, stride, padding, groups) -> mx.array:
+    """Without bias. On the CPU a few images at a time: what MLX lays out stays in the cache."""
+    B, H, W, I = x.shape
+    patches = 4 * H * W // math.prod(stride) * math.prod(weight.shape[1:3]) * I
+    count = max(1, IM2COL_BYTES // patches)
+    if not _enabled or B <= count or mx.default_device() != mx.cpu:
+        return mx.conv2d(x, weight, stride, padding, groups=groups)
+    parts = [x[i : i + count] for i in range(0, B, count)]
+    return mx.concatenate([mx.conv2d(x, weight, stride, padding, groups=groups) for x in parts])
+
+
+def _add(x: mx.array, bias: mx.array | None) -> mx.array:
+    return x if bias is None else x + bias
+
+
+def _gelu(x: mx.array) -> mx.array:
+    return x * (1 + mx.erf(x * math.sqrt(0.5))) * 0.5
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+# Choosing ---------------------------------------------------------------------------------------
+
+
+def _fast(
+    kernel: Callable[..., mx.array],
+    exact: Callable[..., mx.array],
+    *arrays: mx.array,
+    size: int | None = None,  # of the work; None: of the first array
+) -> mx.array:
+    """`kernel` of the arrays where it pays and applies, with the gradient of `exact`; else that."""
+    size = arrays[0].size if size is None else size
+    if not (_enabled and size >= FEW and _on_linux_cpu(arrays)):
+        return exact(*arrays)
+
+    def forward(*arrays: mx.array) -> mx.array:
+        try:
+            mx.eval(*arrays)
+        except ValueError:  # being traced: there are no values to compute with
+            return exact(*arrays)
+        return kernel(*arrays)
+
+    return _differentiable(forward, exact)(*arrays)
+
+
+def _on_linux_cpu(arrays: tuple[mx.array, ...]) -> bool:
+    """Whether the CPU kernels serve. macOS has Accelerate, which has vector functions."""
+    return (
+        sys.platform == "linux"
+        and mx.default_device() == mx.cpu
+        and all(x.dtype == mx.float32 for x in arrays)
+    )
+
+
+def _differentiable(
+    forward: Callable[..., mx.array], exact: Callable[..., mx.array]
+) -> Callable[..., mx.array]:
+    """`forward`, with the derivatives of `exact`, which computes the same."""
+    function: Any = mx.custom_function(forward)
+
+    @function.vjp
+    def vjp(primals, cotangents, outputs):
+        _, found = mx.vjp(exact, _as_list(primals), _as_list(cotangents))
+        return found if isinstance(primals, (tuple, list)) else found[0]
+
+    @function.jvp
+    def jvp(primals, tangents):
+        _, found = mx.jvp(exact, _as_list(primals), _as_list(tangents))
+        return found[0]
+
+    return function
+
+
+def _as_list(arrays: Any) -> list[mx.array]:
+    return list(arrays) if isinstance(arrays, (tuple, list)) else [arrays]

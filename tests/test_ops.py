@@ -1,0 +1,264 @@
+"""Operations with kernels of their own: they compute what MLX's operations compute."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mlx_zoo.backend import cpu, ops
+
+pytestmark = pytest.mark.skipif(
+    mx.default_device() != mx.cpu or not ops._on_linux_cpu(()), reason="kernels of Linux's CPU"
+)
+
+ACTIVATIONS = {
+    "gelu": (ops.gelu, F.gelu),
+    "gelu_tanh": (ops.gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
+    "silu": (ops.silu, F.silu),
+    "quick_gelu": (lambda x: ops.silu(x, 1.702), lambda x: x * torch.sigmoid(1.702 * x)),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    mx.random.seed(0)
+
+
+@pytest.fixture(params=["MKL", "NumPy"])
+def vectors(request, monkeypatch):
+    """With MKL's vector functions, and without."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(cpu, "_mkl", lambda: None)
+    elif cpu._mkl() is None:
+        pytest.skip("MKL is not the BLAS of this process")
+    return request.param
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The names of the kernels that were used."""
+    names = []
+
+    def noting(name, kernel):
+        def run(*arguments):
+            names.append(name)
+            return kernel(*arguments)
+
+        return run
+
+    for name in ("gelu", "gelu_tanh", "silu", "attention", "depthwise"):
+        monkeypatch.setattr(cpu, name, noting(name, getattr(cpu, name)))
+    return names
+
+
+def plainly(function, *arrays):
+    with ops.plain():
+        found = function(*arrays)
+        mx.eval(found)
+    return found
+
+
+def largest(x, y):
+    assert x.shape == y.shape
+    return mx.abs(x - y).max().item()
+
+
+# Values -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_pytorch_in_float64(name, vectors, used):
+    """To 1e-6 from end to end of what float32 can tell apart: tails, signed zeros, infinities."""
+    ours, theirs = ACTIVATIONS[name]
+    x = np.concatenate(
+        [np.linspace(-120, 120, 200_001), np.linspace(-1e-3, 1e-3, 2001), [0.0, -0.0]]
+    ).astype(np.float32)
+    truth = theirs(torch.from_numpy(x).double()).numpy()
+    found = np.array(ours(mx.array(x)))
+    assert used
+    assert np.abs(found - truth).max() < 1e-5  # at 120, where 8e-6 is the last bit
+    near = np.abs(x) < 6
+    assert np.abs(found - truth)[near].max() < 1e-6
+    with np.errstate(invalid="ignore"):
+        ends = np.array(ours(mx.array(np.tile(np.float32([np.inf, np.nan, 1e30, -1e30]), ops.FEW))))
+    np.testing.assert_array_equal(ends[:4], np.float32([np.inf, np.nan, 1e30, 0]))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other", "broadcast"])
+def test_activations_of_arrays_in_any_layout(name, layout, used):
+    x = mx.random.normal((64, 8, 128)) * 3
+    x = {
+        "rows": x,
+        "columns": x.swapaxes(0, 2),
+        "every other": x[:, :, ::2],
+        "broadcast": mx.broadcast_to(x[:1], x.shape),
+    }[layout]
+    function, before = ACTIVATIONS[name][0], np.array(x)
+    assert largest(function(x), plainly(function, x)) < 2e-6
+    assert used
+    np.testing.assert_array_equal(np.array(x), before)  # what is given stays as it is
+
+
+MASKS = {
+    "none": None,
+    "causal": "causal",
+    "bool": mx.random.uniform(shape=(2, 1, 70, 90), key=mx.random.key(1)) > 0.5,
+    "keys": mx.where(
+        mx.random.uniform(shape=(2, 1, 1, 90), key=mx.random.key(2)) > 0.5, 0.0, -1e30
+    ),
+    "nothing": mx.full((2, 1, 1, 90), mx.finfo(mx.float32).min / 2),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention(mask, vectors, used):
+    q, k, v = (mx.random.normal((2, 4, n, 16)) for n in (70, 90, 90))
+    found = ops.attention(q, k, v, scale=0.5, mask=MASKS[mask])
+    assert used == ["attention"]
+    as_torch = [torch.from_numpy(np.array(x)).double() for x in (q, k, v)]
+    scores = 0.5 * as_torch[0] @ as_torch[1].mT
+    if mask == "causal":
+        scores = scores + torch.full((70, 90), -math.inf, dtype=torch.double).triu(90 - 70 + 1)
+    elif mask == "bool":
+        visible = torch.from_numpy(np.array(MASKS[mask]))
+        scores = scores.masked_fill(~visible, -math.inf)
+    elif mask == "keys":
+        scores = scores + torch.from_numpy(np.array(MASKS[mask])).double()
+    elif mask == "nothing":
+        scores = torch.zeros_like(scores)  # each sees all alike
+    truth = (scores.softmax(-1) @ as_torch[2]).numpy()
+    assert np.abs(np.array(found) - truth).max() < 2e-6
+
+
+CONVOLUTIONS = [
+    (size, kernel, stride, padding)
+    for size, kernel, stride in itertools.product([(33, 20), (7, 12), (2, 3)], (3, 5, 7), (1, 2, 3))
+    for padding in {0, 1, kernel // 2}
+    if min(size) + 2 * padding >= kernel
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding"), CONVOLUTIONS)
+def test_depthwise_convolutions(size, kernel, stride, padding, bias, used, monkeypatch):
+    monkeypatch.setattr(ops, "FEW", 1)
+    monkeypatch.setattr(cpu, "BLOCK", 1000)  # so that there are several blocks
+    x, w = mx.random.normal((2, *size, 24)), mx.random.normal((24, kernel, kernel, 1))
+    b = mx.random.normal((24,)) if bias else None
+
+    def convolution(x, w, b):
+        return ops.conv2d(x, w, b, stride=(stride,) * 2, padding=(padding,) * 2, groups=24)
+
+    assert largest(convolution(x, w, b), plainly(convolution, x, w, b)) < 1e-5
+    assert used == ["depthwise"]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_single_pixels_are_matrix_products(stride):
+    x, w, b = mx.random.normal((3, 9, 8, 16)), mx.random.normal((5, 1, 1, 16)), mx.ones((5,))
+    found = ops.conv2d(x, w, b, stride=(stride, stride))
+    assert largest(found, mx.conv2d(x, w, stride=stride) + b) < 1e-5
+
+
+def test_many_images_are_convolved_a_few_at_a_time(monkeypatch):
+    x, w = mx.random.normal((7, 12, 12, 8)), mx.random.normal((5, 3, 3, 8))
+    monkeypatch.setattr(ops, "IM2COL_BYTES", 2 * 4 * 12 * 12 * 72)
+    calls = []
+    own = mx.conv2d
+    monkeypatch.setattr(mx, "conv2d", lambda x, *a, **k: calls.append(len(x)) or own(x, *a, **k))
+    found = ops.conv2d(x, w, padding=(1, 1))
+    assert calls == [2, 2, 2, 1]
+    assert largest(found, own(x, w, padding=1)) < 1e-6
+
+
+# When they are used -----------------------------------------------------------------------------
+
+
+def test_small_arrays_and_other_types_are_left_to_mlx(used):
+    x = mx.random.normal((4, ops.FEW))
+    ops.silu(x[0, :-1])
+    for dtype in (mx.float16, mx.bfloat16):
+        assert ops.silu(x.astype(dtype)).dtype == dtype
+    assert not used
+    ops.silu(x)
+    assert used == ["silu"]
+
+
+def test_kernels_can_be_turned_off(used):
+    x = mx.random.normal((ops.FEW,))
+    with ops.plain():
+        ops.silu(x)
+    assert not used
+    ops.silu(x)
+    assert used
+
+
+# Transformations --------------------------------------------------------------------------------
+
+
+def network(x, w, b, q):
+    """Uses every kernel, where the arrays are large enough."""
+    x = ops.conv2d(x, w, b, stride=(2, 2), padding=(1, 1), groups=w.shape[0])
+    for function in (ops.silu, ops.gelu, ops.gelu_tanh):
+        x = function(x)
+    tokens = x.reshape(1, 1, -1, 64)
+    return ops.attention(q * tokens, tokens, tokens, scale=0.1, mask="causal")
+
+
+def arguments():
+    shapes = ((2, 28, 24, 64), (64, 3, 3, 1), (64,), (1, 1, 336, 64))
+    return [mx.random.normal(shape) for shape in shapes]
+
+
+def test_gradients_are_those_of_the_operations(used):
+    arrays = arguments()
+
+    def loss(*arrays):
+        return (network(*arrays) ** 2).sum()
+
+    gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
+    found = gradient(*arrays)
+    assert set(used) == {"gelu", "gelu_tanh", "silu", "attention", "depthwise"}
+    for ours, truth in zip(found, plainly(gradient, *arrays), strict=True):
+        assert largest(ours, truth) < 1e-5 * mx.abs(truth).max().item()
+
+
+def test_forward_derivatives_are_those_of_the_operations():
+    """Of convolutions MLX has none."""
+    q, tangent = mx.random.normal((2, 1, 4, 150, 64))
+
+    def tokens(q):
+        for function in (ops.silu, ops.gelu, ops.gelu_tanh):
+            q = function(q)
+        return ops.attention(q, q, q, scale=0.1)
+
+    def derivative(q):
+        return mx.jvp(tokens, [q], [tangent])[1][0]
+
+    found, truth = derivative(q), plainly(derivative, q)
+    assert largest(found, truth) < 1e-5 * mx.abs(truth).max().item()
+
+
+def test_traced_functions_use_the_operations(used):
+    arrays = arguments()
+    truth = plainly(network, *arrays)
+    assert largest(mx.compile(network)(*arrays), truth) < 1e-5
+    many = mx.vmap(ops.gelu)(arrays[0])
+    assert not used
+    assert largest(many, ops.gelu(arrays[0])) < 1e-6
+
+
+def test_second_derivatives():
+    x = mx.random.normal((ops.FEW,))
+
+    def curvature(x):
+        return mx.grad(lambda x: mx.grad(lambda x: (ops.gelu(x) ** 2).sum())(x).sum())(x)
+
+    assert largest(curvature(x), plainly(curvature, x)) < 1e-4
