@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -66,7 +67,7 @@ def divided(function: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any)
 
     B = arrays[0].shape[0]
     bounds = [B * i // count for i in range(count + 1)]
-    parts = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
     result: Any = None
 
     def all_parts(*arrays: mx.array) -> list[mx.array]:

@@ -89,40 +89,40 @@ def conv2d(
     padding: tuple[int, int] = (0, 0),
     groups: int = 1,
 ) -> mx.array:
-    """A convolution of (B, H, W, I) with (O, k, k, I / groups) -> (B, H', W', O)."""
-    O, high, wide, I = weight.shape
-    if (high, wide, padding, groups) == (1, 1, (0, 0), 1):  # a matrix product, without patches
-        x = x[:, :: stride[0], :: stride[1]]
-        return _add(x @ weight.reshape(O, I).T, bias)
+    """A convolution of (B, H, W, C) with (D, k, k, C / groups) -> (B, H', W', D)."""
+    num_filters, *kernel_size, _ = weight.shape
+    if (kernel_size, padding, groups) == ([1, 1], (0, 0), 1):  # a matrix product, without patches
+        x = x[:, :: stride[0], :: stride[1]] @ weight[:, 0, 0].T
+        return x if bias is None else x + bias
 
-    def exact(x, weight, *bias):
-        y = _convolved(x, weight, stride, padding, groups)
-        return _add(y, *bias)
+    def exact(x, weight, bias=None):
+        x = _convolved(x, weight, stride, padding, groups)
+        return x if bias is None else x + bias
 
-    square = high == wide and stride[0] == stride[1] and padding[0] == padding[1]
-    if not (groups == O == x.shape[3] and groups > 1 and square):
+    def kernel(x, weight, bias=None):
+        return cpu.depthwise(x, weight, bias, stride[0], padding[0])
+
+    is_square = all(first == second for first, second in (kernel_size, stride, padding))
+    if not (is_square and 1 < groups == num_filters == x.shape[-1]):
         return exact(x, weight, bias)
-
-    def fast(x, weight, *bias):
-        return cpu.depthwise(x, weight, bias[0] if bias else None, stride[0], padding[0])
-
-    arrays = [x, weight] if bias is None else [x, weight, bias]
-    return _fast(fast, lambda *a: exact(*a) if len(a) > 2 else exact(*a, None), *arrays)
+    return _fast(kernel, exact, *((x, weight) if bias is None else (x, weight, bias)))
 
 
-def _convolved(x, weight, stride, padding, groups) -> mx.array:
-    """Without bias. On the CPU a few images at a time: what MLX lays out stays in the cache."""
-    B, H, W, I = x.shape
-    patches = 4 * H * W // math.prod(stride) * math.prod(weight.shape[1:3]) * I
-    count = max(1, IM2COL_BYTES // patches)
-    if not _enabled or B <= count or mx.default_device() != mx.cpu:
+def _convolved(
+    x: mx.array,
+    weight: mx.array,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+) -> mx.array:
+    """As conv2d, without bias. On the CPU a few images at a time, whose patches fit the cache."""
+    num_pixels = math.prod(x.shape[1:3]) // math.prod(stride)
+    patches = num_pixels * math.prod(weight.shape[1:3]) * x.shape[-1]
+    size = max(1, IM2COL_BYTES // max(1, patches * x.dtype.size))
+    if not _enabled or len(x) <= size or mx.default_device() != mx.cpu:
         return mx.conv2d(x, weight, stride, padding, groups=groups)
-    parts = [x[i : i + count] for i in range(0, B, count)]
+    parts = (x[i : i + size] for i in range(0, len(x), size))
     return mx.concatenate([mx.conv2d(x, weight, stride, padding, groups=groups) for x in parts])
-
-
-def _add(x: mx.array, bias: mx.array | None) -> mx.array:
-    return x if bias is None else x + bias
 
 
 def _gelu(x: mx.array) -> mx.array:

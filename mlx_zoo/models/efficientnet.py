@@ -142,7 +142,7 @@ class Conv(Conv2d):
         high, wide = (self.growth(side, kernel, stride) for side in x.shape[1:3])
         if high % 2 or wide % 2:
             x = mx.pad(x, [(0, 0), (0, high % 2), (0, wide % 2), (0, 0)])
-        return super().__call__(x, (high // 2, wide // 2))
+        return self.convolve(x, (high // 2, wide // 2))
 
 
 def conv1x1(in_dims: int, out_dims: int) -> Conv2d:

@@ -6,7 +6,7 @@ Letters in shape comments: B batch, H W C image, N tokens, D dims.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -87,11 +87,11 @@ class Attention(nn.Module):
             y = ops.attention(q, k, v, scale=self.scale, mask=mask)
         return self.out_proj(y.swapaxes(1, 2).flatten(2))
 
-    def project(self, x: mx.array) -> Sequence[mx.array]:
+    def project(self, x: mx.array) -> list[mx.array]:
         """Queries, keys and values, each (B, N, D)."""
         if "qkv" in self:  # the three layers as one, which `optimize_for_inference` made
-            return mx.split(self.qkv(x), 3, axis=-1)
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            return list(mx.split(self.qkv(x), 3, axis=-1))
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
     def heads(self, x: mx.array) -> mx.array:
         """(B, N, D) -> (B, heads, N, D / heads)."""
@@ -128,13 +128,16 @@ class MLP(nn.Module):
 class Conv2d(nn.Conv2d):
     """A convolution, computed in the way that is fastest on the device. (B, H, W, C)."""
 
-    def __call__(self, x: mx.array, padding: tuple[int, int] | None = None) -> mx.array:
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.convolve(x, self.padding)
+
+    def convolve(self, x: mx.array, padding: tuple[int, int]) -> mx.array:
         return ops.conv2d(
             x,
             self.weight,
             self.bias if "bias" in self else None,
             stride=self.stride,
-            padding=self.padding if padding is None else padding,
+            padding=padding,
             groups=self.groups,
         )
 
