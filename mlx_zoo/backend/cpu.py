@@ -20,6 +20,7 @@ from mlx_zoo.backend.blas import load_fast_blas
 
 quiet = np.errstate(over="ignore", invalid="ignore")  # infinity is the right answer, or leads to it
 BLOCK = 2**16  # elements that stay in a core's cache from one pass to the next
+ROWS = 2**19  # of attention's scores, of all heads: fewer would make its products small
 # Of MKL's vector mathematics (mkl_vml_defines.h): the last bit may be wrong; nothing is reported.
 MKL_MODE = 0x1 | 0x100
 
@@ -36,18 +37,19 @@ LOGIT_OF_NORMAL = (
 def gelu(x: mx.array) -> mx.array:
     """x * Phi(x), of the standard normal distribution."""
     x, y = _pair(x)
+    if _mkl():
+        a, b = _flat(x), _flat(y)
+        _vector("vmsCdfNorm", a, b)
+        _vector("vmsMul", a, b, b)
+        return y
     for a, b in _blocks(x, y):
-        if _mkl():
-            _vector("vmsCdfNorm", a, b)
-            b *= a
-        else:
-            square = np.minimum(a * a, np.float32(5.5**2))
-            b[...] = np.float32(LOGIT_OF_NORMAL[-1])
-            for factor in LOGIT_OF_NORMAL[-2::-1]:
-                b *= square
-                b += np.float32(factor)
-            b *= a
-            _over_one_plus_exp(a, b)
+        square = np.minimum(a * a, np.float32(5.5**2))
+        b[...] = np.float32(LOGIT_OF_NORMAL[-1])
+        for factor in LOGIT_OF_NORMAL[-2::-1]:
+            b *= square
+            b += np.float32(factor)
+        b *= a
+        _over_one_plus_exp(a, b)
     return y
 
 
@@ -76,20 +78,53 @@ def silu(x: mx.array, beta: float = 1.0) -> mx.array:
 
 
 def attention(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """softmax(scale q k^T + mask) v for q (B, heads, N, D), k and v (B, heads, M, D).
 
-    The sums divide the small result, not the weights.
+    As many rows of scores at a time as stay in the cache; where the mask is "causal", without the
+    tokens that none of these rows sees. The sums divide the small result, not the weights.
     """
-    scores = (scale * q) @ k.swapaxes(-1, -2)
+    B, heads, N, _ = q.shape
+    M = k.shape[2]
+    size = max(1, ROWS // (heads * M))
+    q, k = scale * q, k.swapaxes(-1, -2)
+    found = []
+    for b in range(B):
+        one, rows = slice(b, b + 1), []
+        for start in range(0, N, size):
+            some = slice(start, start + size)
+            end, added = M, None
+            if isinstance(mask, str):
+                end = min(M, M - N + start + size)
+                added = _causal(min(size, N - start), end)
+            elif mask is not None:
+                added = mx.broadcast_to(mask, (B, heads, N, M))[one, :, some]
+            rows.append(_attended(q[one, :, some], k[one, ..., :end], v[one, :, :end], added))
+        found.append(mx.concatenate(rows, axis=2) if len(rows) > 1 else rows[0])
+    return mx.concatenate(found) if B > 1 else found[0]
+
+
+def _attended(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
+    """softmax(q k + mask) v of some rows."""
+    scores = q @ k
+    mx.eval(scores, mask)
+    weights = np.asarray(scores)  # the same memory
     if mask is not None:
-        scores = scores + mask
-    weights = scores - scores.max(axis=-1, keepdims=True)
-    mx.eval(weights)
-    for (block,) in _blocks(weights):
-        _exp(block, block)
-    return (weights @ v) / weights.sum(axis=-1, keepdims=True)
+        weights += np.asarray(mask)
+    weights -= weights.max(axis=-1, keepdims=True)
+    _exp(weights)
+    sums = weights.sum(axis=-1, keepdims=True)
+    y = scores @ v
+    mx.eval(y)
+    rows = np.asarray(y)
+    rows /= sums
+    return y
+
+
+def _causal(N: int, M: int) -> mx.array:
+    """What is added to the scores (N, M) of the last N of M tokens."""
+    return mx.where(mx.tri(N, M, M - N, dtype=mx.bool_), 0, mx.finfo(mx.float32).min / 2)
 
 
 def depthwise(
@@ -150,15 +185,15 @@ def _pair(x: mx.array) -> tuple[mx.array, mx.array]:
     return x, y
 
 
-def _blocks(*arrays: mx.array) -> Iterator[tuple[np.ndarray, ...]]:
-    """The same memory, as flat NumPy arrays: a block of each at a time.
+def _flat(x: mx.array) -> np.ndarray:
+    """The memory of an evaluated array."""
+    return np.asarray(x).reshape(-1)
 
-    MKL divides an array among its threads, and is given the whole.
-    """
-    flat = [np.asarray(x).reshape(-1) for x in arrays]
-    size = flat[0].size if _mkl() else BLOCK
-    for start in range(0, flat[0].size, size):
-        yield tuple(x[start : start + size] for x in flat)
+
+def _blocks(*arrays: mx.array) -> Iterator[list[np.ndarray]]:
+    """The memory of arrays of one size, a block of each at a time."""
+    for start in range(0, arrays[0].size, BLOCK):
+        yield [_flat(x)[start : start + BLOCK] for x in arrays]
 
 
 # Vectors ----------------------------------------------------------------------------------------
@@ -174,19 +209,19 @@ def _mkl() -> Any:
     return library if hasattr(library, "vmsCdfNorm") else None
 
 
-def _exp(x: np.ndarray, out: np.ndarray) -> None:
-    _vector("vmsExp", x, out) if _mkl() else np.exp(x, out=out)
+def _exp(x: np.ndarray) -> None:
+    """exp(x), into `x`."""
+    _vector("vmsExp", x, x) if _mkl() else np.exp(x, out=x)
 
 
 def _over_one_plus_exp(x: np.ndarray, out: np.ndarray) -> None:
     """x / (1 + exp(out)), into `out`."""
-    _exp(out, out)
+    _exp(out)
     out += 1
     np.divide(x, out, out=out)
 
 
-def _vector(function: str, x: np.ndarray, out: np.ndarray) -> None:
-    """One of MKL's functions of a vector."""
-    count, mode = ctypes.c_int(x.size), ctypes.c_int64(MKL_MODE)
-    pointers = (ctypes.c_void_p(a.ctypes.data) for a in (x, out))
-    getattr(_mkl(), function)(count, *pointers, mode)
+def _vector(function: str, *vectors: np.ndarray) -> None:
+    """One of MKL's functions of vectors, each in one piece of memory; the last one is written."""
+    pointers = (ctypes.c_void_p(x.ctypes.data) for x in vectors)
+    getattr(_mkl(), function)(ctypes.c_int(vectors[0].size), *pointers, ctypes.c_int64(MKL_MODE))

@@ -70,10 +70,9 @@ def attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     def fast(q, k, v):
-        N, M = q.shape[2], k.shape[2]
-        added = mx.tri(N, M, M - N, dtype=mx.bool_) if isinstance(mask, str) else mask
-        if added is not None and added.dtype == mx.bool_:
-            added = mx.where(added, 0, mx.finfo(q.dtype).min / 2)
+        added = mask
+        if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+            added = mx.where(mask, 0, mx.finfo(q.dtype).min / 2)
         return cpu.attention(q, k, v, scale, added)
 
     num_scores = math.prod(q.shape[:3]) * k.shape[2]
