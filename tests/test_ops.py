@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -198,6 +201,11 @@ def test_kernels_can_be_turned_off(used):
     assert not used
     ops.silu(x)
     assert used
+    code = "from mlx_zoo.backend import ops; print(ops.is_enabled())"
+    for said, enabled in (("off", "False"), ("OFF", "False"), ("", "True")):
+        environment = {**os.environ, "MLX_ZOO_KERNELS": said}
+        asked = [sys.executable, "-c", code]
+        assert subprocess.check_output(asked, env=environment, text=True).strip() == enabled
 
 
 # Transformations --------------------------------------------------------------------------------

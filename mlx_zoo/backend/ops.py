@@ -5,7 +5,8 @@ the same up to a few roundings, and was measured to be faster: `cpu` on Linux, `
 those of MLX's operations in any case, and where a function is being traced (mx.compile, mx.vmap,
 mx.export_function) these alone are used.
 
-MLX_ZOO_KERNELS=off in the environment, or `with plain():`, leaves everything to MLX.
+MLX_ZOO_KERNELS=off in the environment, or `with plain():`, leaves everything to MLX; batches are
+not divided then, either.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def plain() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+def is_enabled() -> bool:
+    """Whether anything but MLX's own operations may be used."""
+    return _enabled
 
 
 def gelu(x: mx.array) -> mx.array:
