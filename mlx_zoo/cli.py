@@ -90,6 +90,21 @@ NETWORK = (
     click.option("--quantize", type=int, metavar="BITS", help="Weights of so many bits."),
 )
 
+JOB = (
+    click.option(
+        "--output",
+        type=click.Path(path_type=Path),
+        help="Answer a whole folder of images, or file of texts, one a line, into this file "
+        "(.jsonl; vectors: .npy, .safetensors). What was interrupted goes on.",
+    ),
+    click.option(
+        "--on-error",
+        type=click.Choice(["record", "stop"]),
+        help="With --output: what to do about an input that cannot be read.  [default: record]",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
+)
+
 
 def options(*groups: tuple[Callable[[Callable], Callable], ...]) -> Callable:
     """Several shared options at once, given to the command as keyword arguments."""
@@ -377,16 +392,26 @@ def _verdicts(found: Sequence[Verdict]) -> Table:
 @click.argument("inputs", nargs=-1)
 @click.option("--top-k", type=click.IntRange(1), help="How many answers, where there are several.")
 @click.option("--context", help="A text, or @FILE with one, that answers questions.")
-@options(NETWORK, PLACE)
+@options(JOB, NETWORK, PLACE)
 @as_json
 def predict(
-    name: str, inputs: tuple[str, ...], top_k: int | None, context, as_json: bool, **chosen: Any
+    name: str,
+    inputs: tuple[str, ...],
+    top_k: int | None,
+    context,
+    output: Path | None,
+    on_error: str | None,
+    batch_size: int,
+    as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Classify images or texts, find entities, fill masks, answer questions.
 
-    INPUTS are the files of images, or texts; without any, the lines of standard input. The task is
-    that of the weights, or --task.
+    INPUTS are the files of images, or texts; without any, the lines of standard input. With
+    --output, one folder of images, or one file of texts. The task is that of the weights, or
+    --task.
     """
+    _check_is_a_job(output, on_error, inputs)
     inputs = inputs or tuple(sys.stdin.read().splitlines())
     if not inputs:
         raise click.UsageError("nothing to predict: give INPUTS, or lines on standard input")
@@ -399,6 +424,9 @@ def predict(
         how["aggregation_strategy"] = "simple"
     elif top_k is not None:
         how["top_k"] = top_k
+    if output is not None:
+        _answer_all(run, inputs[0], output, on_error, as_json, batch_size=batch_size, **how)
+        return
     questions: list[Any] = list(inputs)
     if context is not None and task != "question-answering":
         raise click.UsageError(f"--context is for question-answering, this is {task}")
@@ -408,7 +436,7 @@ def predict(
         if context.startswith("@"):
             context = Path(context[1:]).read_text(encoding="utf-8")
         questions = [{"question": text, "context": context} for text in inputs]
-    answers = run(questions, **how)
+    answers = run(questions, batch_size=batch_size, **how)
     if isinstance(answers, np.ndarray):  # a vector each
         answers = answers.tolist()
     if as_json:
@@ -419,6 +447,48 @@ def predict(
         click.echo(legible(text))
         for answer in found if isinstance(found, list) else [found]:
             click.echo(legible(_line(answer)))
+
+
+def _check_is_a_job(output: Path | None, on_error: str | None, inputs: Sequence[str]) -> None:
+    if output is None and on_error is not None:
+        raise click.UsageError("--on-error goes with --output")
+    if output is not None and len(inputs) != 1:
+        raise click.UsageError("--output takes one folder of images, or one file of texts")
+
+
+def _answer_all(
+    run: Any, inputs: str, output: Path, on_error: str | None, as_json: bool, **how: Any
+) -> None:
+    """Long work into a file. Exit status 1 if an input failed."""
+    from mlx_zoo.tasks.jobs import answer_all
+
+    start = time.perf_counter()
+    try:
+        done = answer_all(run, inputs, output, on_error=on_error or "record", **how)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command goes on with {output}", err=True)
+        sys.exit(130)
+    seconds = time.perf_counter() - start
+    if done.rank:
+        return
+    if as_json:
+        show({**asdict(done), "seconds": round(seconds, 3)})
+    else:
+        for input, reason in done.failures:
+            click.echo(legible(f"{input}: {reason}"), err=True)
+        if done.num_failed > len(done.failures):
+            click.echo(f"and {done.num_failed - len(done.failures):,} more", err=True)
+        new = done.num_inputs - done.num_before
+        before = f", {done.num_before:,} of them before" if done.num_before else ""
+        rate = f" ({new / seconds:,.1f}/s)" if new else ""
+        click.echo(
+            legible(
+                f"{done.output}: {done.num_inputs:,} inputs{before}, "
+                f"{done.num_failed:,} failed; {seconds:,.1f} s{rate}"
+            )
+        )
+    if done.num_failed:
+        sys.exit(1)
 
 
 def _usual_task(checkpoint: Checkpoint) -> str:
@@ -506,13 +576,31 @@ def generate(
 @main.command()
 @click.argument("name")
 @click.argument("texts", nargs=-1)
-@options(PLACE)
+@options(JOB, PLACE)
 @as_json
-def embed(name: str, texts: tuple[str, ...], as_json: bool, revision, cache_dir, offline) -> None:
-    """Embed sentences; without TEXTS, the lines of standard input."""
-    texts = texts or tuple(sys.stdin.read().splitlines())
+def embed(
+    name: str,
+    texts: tuple[str, ...],
+    output: Path | None,
+    on_error: str | None,
+    batch_size: int,
+    as_json: bool,
+    revision,
+    cache_dir,
+    offline,
+) -> None:
+    """Embed sentences; without TEXTS, the lines of standard input.
+
+    With --output, TEXTS is one file of sentences, one a line.
+    """
+    _check_is_a_job(output, on_error, texts)
     place = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
-    vectors = mlx_zoo.pipeline("sentence-embedding", name, **place)(list(texts))
+    run = mlx_zoo.pipeline("sentence-embedding", name, **place)
+    if output is not None:
+        _answer_all(run, texts[0], output, on_error, as_json, batch_size=batch_size)
+        return
+    texts = texts or tuple(sys.stdin.read().splitlines())
+    vectors: Any = run(list(texts), batch_size=batch_size)
     if as_json:
         show([{"text": t, "embedding": v.tolist()} for t, v in zip(texts, vectors, strict=True)])
         return
@@ -617,6 +705,66 @@ def conformance(as_json: bool, markdown: bool, device, only, seed) -> None:
         console().print(report)
     if not report.passed:
         sys.exit(1)
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[Any, Any, str | None], list[Any] | None]:
+    """A callback for an option with values between commas."""
+
+    def read(ctx: Any, param: Any, text: str | None) -> list[Any] | None:
+        try:
+            return None if text is None else [kind(word.strip()) for word in text.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: numbers with commas between") from None
+
+    return read
+
+
+@main.command()
+@click.argument("name")
+@click.option("--batch", callback=_list(int), default="1", show_default=True, metavar="1,8,64")
+@click.option("--length", type=int, help="Tokens of a text.")
+@click.option("--img-size", type=int, help="Side of the images.")
+@click.option(
+    "--dtype",
+    callback=_list(str),
+    default="float32",
+    show_default=True,
+    metavar="TYPES",
+    help="Of float32, float16, bfloat16.",
+)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="MLX's default, if not said.")
+@click.option(
+    "--compare",
+    callback=_list(str),
+    metavar="WITH",
+    help="torch: all of eager, compiled, channels-last; or some of them; mlx-lm; none.",
+)
+@click.option("--task", help="Which head, for text networks.")
+@click.option(
+    "--phase", "phases", callback=_list(str), metavar="PHASES", help="Of forward, prefill, decode."
+)
+@click.option("--new-tokens", type=int, default=64, show_default=True, help="Decoded in a run.")
+@click.option("--sweep", type=click.Choice(["batch", "length"]), help="By powers of two.")
+@click.option("--rounds", type=int, default=5, show_default=True, help="Turns of each framework.")
+@click.option("--seconds", type=float, default=0.5, show_default=True, help="Of a turn, at least.")
+@click.option("--threads", type=int, help="Of every library; all cores, if not said.")
+@click.option("--optimize/--no-optimize", default=True, help="Ours for inference, too.")
+@click.option("--loading/--no-loading", default=True, help="How long it takes to load, too.")
+@click.option("--tf32/--no-tf32", default=True, help="Of float32 products on a GPU.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write an SVG, too.")
+@as_json
+def benchmark(name: str, as_json: bool, plot: Path | None, **chosen: Any) -> None:
+    """Time a network beside its PyTorch original, in alternating rounds; random weights serve."""
+    from mlx_zoo.benchmark import benchmark as run
+
+    with Console(stderr=True).status("") as status:
+        result = run(name, begin=lambda what: status.update(f"now {what}"), **chosen)
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        console().print(result)
+    if plot:
+        result.save_plot(plot)
 
 
 @main.command()

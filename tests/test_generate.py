@@ -7,6 +7,7 @@ import json
 import re
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import tokenizers
@@ -15,8 +16,12 @@ from mlx.utils import tree_flatten
 from originals import randomise
 
 import mlx_zoo
+from mlx_zoo.backend import ops, transposed
+from mlx_zoo.backend.blas import load_fast_blas
+from mlx_zoo.backend.inference import optimize_for_inference
 from mlx_zoo.errors import CheckpointError
 from mlx_zoo.preprocess.text import Tokenizer
+from mlx_zoo.quantization import quantize
 from mlx_zoo.tasks.generation import PromptCache, Sampling, generate, generate_batch
 from mlx_zoo.verify.reference import import_torchvision
 
@@ -115,6 +120,60 @@ def test_a_left_padded_batch_is_that_of_transformers(model, reference):
     assert [row.tokens for row in found] == wanted
     assert [row.text for row in found] == [text_of(model, p, max_tokens=200) for p in PROMPTS]
     assert wanted[2] == tokens_of(model, PROMPTS[2], max_tokens=200)
+
+
+def test_an_optimised_network_writes_the_same(model, reference, monkeypatch, tmp_path):
+    """With the weights by columns, too, which more than three rows are multiplied with."""
+    fast, prompts = optimize_for_inference(model), [*PROMPTS, "jumps over", "dog 0123"]
+    assert tokens_of(fast, PROMPTS[1], max_tokens=50) == tokens_of(model, PROMPTS[1], max_tokens=50)
+    used = []
+    inner = transposed.Table.as_linear
+    monkeypatch.setattr(transposed, "_pays", lambda weights: True)
+    monkeypatch.setattr(
+        transposed.Table, "as_linear", lambda self, x: used.append(len(x)) or inner(self, x)
+    )
+    for network, count in ((model, 5), (fast, 3), (fast, 5)):
+        assert not used
+        found = generate_batch(network, prompts[:count], max_tokens=50)
+        assert [row.tokens for row in found] == by_transformers(reference, prompts[:count], 50)
+    assert set(used) == {5}
+
+    cache = PromptCache(fast)
+    list(generate(fast, PROMPTS[1], max_tokens=5, cache=cache))
+    path = cache.save(tmp_path / "cache.safetensors")
+    assert PromptCache.load(path, model).tokens == cache.tokens  # of either
+
+
+def test_weights_by_columns_are_the_same_weights(model, monkeypatch):
+    fast = optimize_for_inference(model)
+    monkeypatch.setattr(transposed, "_pays", lambda weights: True)
+    twin = transposed.for_rows(fast, 4, ("wte",))
+    assert transposed.for_rows(fast, 9, ("wte",)) is twin is not fast
+    assert transposed.for_rows(fast, 3, ("wte",)) is fast
+    for layer, other in zip(fast.modules(), twin.modules(), strict=True):
+        if type(layer) is nn.Linear:
+            np.testing.assert_array_equal(layer.weight, other.weight)
+            assert np.asarray(other.weight).flags.f_contiguous
+    np.testing.assert_array_equal(fast.wte.weight, twin.wte.columns)
+    assert twin.wte.weight is fast.wte.weight is model.wte.weight
+
+    fast.blocks[0].mlp.fc1.weight = fast.blocks[0].mlp.fc1.weight + 1
+    again = transposed.for_rows(fast, 4, ("wte",))
+    np.testing.assert_array_equal(again.blocks[0].mlp.fc1.weight, fast.blocks[0].mlp.fc1.weight)
+    assert "_transposed" not in vars(again)  # nor is the old one kept
+
+
+def test_weights_lie_by_columns_where_it_was_measured_to_pay(model):
+    fast = optimize_for_inference(model)
+    is_mkl = load_fast_blas().name.startswith("MKL") and mx.default_device() == mx.cpu
+    assert (transposed.for_rows(fast, 4, ("wte",)) is not fast) == is_mkl
+    with ops.plain():
+        assert transposed.for_rows(fast, 4, ("wte",)) is fast
+    half = mlx_zoo.load("gpt2", num_layers=1, dims=64, num_heads=2, mlp_dims=64, dtype="float16")
+    half = optimize_for_inference(half)
+    assert transposed.for_rows(half, 4, ("wte",)) is half
+    eighth = optimize_for_inference(quantize(model, group_size=32))
+    assert transposed.for_rows(eighth, 4, ("wte",)) is eighth
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from mlx_zoo.backend import cpu, ops
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device() != mx.cpu or not ops._on_linux_cpu(()), reason="kernels of Linux's CPU"
+    mx.default_device() != mx.cpu or not ops.use_cpu_kernels(()), reason="kernels of Linux's CPU"
 )
 
 ACTIVATIONS = {

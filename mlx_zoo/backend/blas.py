@@ -136,7 +136,13 @@ def _load_chosen(choice: str) -> ctypes.CDLL:
 
 
 def _load_mkl() -> ctypes.CDLL | None:
-    """The `mkl` package of this environment. pip puts its libraries into the prefix's lib/."""
+    """The `mkl` package of this environment. pip puts its libraries into the prefix's lib/.
+
+    It is asked for the same bits whatever the number of threads, who else is in the process, and
+    where arrays lie in memory (MKL's "conditional numerical reproducibility", at no cost that was
+    measurable), unless the environment says otherwise.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read at the first product
     for soname in MKL_SONAMES:
         path = os.path.join(sys.prefix, "lib", soname)
         if os.path.exists(path) and (library := _open(path)):

@@ -23,6 +23,8 @@ BLOCK = 2**16  # elements that stay in a core's cache from one pass to the next
 ROWS = 2**19  # of attention's scores, of all heads: fewer would make its products small
 # Of MKL's vector mathematics (mkl_vml_defines.h): the last bit may be wrong; nothing is reported.
 MKL_MODE = 0x1 | 0x100
+# Of mkl_cblas.h.
+MKL_ROW_MAJOR, MKL_NO_TRANS, MKL_TRANS = 101, 111, 112
 
 
 # Of a fit to log(Phi(x) / Phi(-x)) / -x in powers of x^2, where |x| < 5.5: x Phi(x) is wrong by
@@ -83,48 +85,34 @@ def attention(
     """softmax(scale q k^T + mask) v for q (B, heads, N, D), k and v (B, heads, M, D).
 
     As many rows of scores at a time as stay in the cache; where the mask is "causal", without the
-    tokens that none of these rows sees. The sums divide the small result, not the weights.
+    keys that none of these rows sees. The sums divide the small result, not the weights.
     """
-    B, heads, N, _ = q.shape
-    M = k.shape[2]
-    size = max(1, ROWS // (heads * M))
-    q, k = scale * q, k.swapaxes(-1, -2)
-    found = []
+    (B, heads, N, D), M = q.shape, k.shape[2]
+    y = mx.zeros((B, heads, N, D))
+    causal = isinstance(mask, str)
+    added = None if causal or mask is None else mx.broadcast_to(mask, (B, heads, N, M))
+    mx.eval(q, k, v, y, added)
+    queries, keys, values, out = (_rows(x) for x in (q, k, v, y))
+    size = min(N, max(1, ROWS // (heads * M)))
+    room = np.empty(heads * size * M, np.float32)
+    later = np.triu(np.full((size, size), -np.inf, np.float32), 1)
     for b in range(B):
-        one, rows = slice(b, b + 1), []
-        for start in range(0, N, size):
-            some = slice(start, start + size)
-            end, added = M, None
-            if isinstance(mask, str):
-                end = min(M, M - N + start + size)
-                added = _causal(min(size, N - start), end)
-            elif mask is not None:
-                added = mx.broadcast_to(mask, (B, heads, N, M))[one, :, some]
-            rows.append(_attended(q[one, :, some], k[one, ..., :end], v[one, :, :end], added))
-        found.append(mx.concatenate(rows, axis=2) if len(rows) > 1 else rows[0])
-    return mx.concatenate(found) if B > 1 else found[0]
-
-
-def _attended(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
-    """softmax(q k + mask) v of some rows."""
-    scores = q @ k
-    mx.eval(scores, mask)
-    weights = np.asarray(scores)  # the same memory
-    if mask is not None:
-        weights += np.asarray(mask)
-    weights -= weights.max(axis=-1, keepdims=True)
-    _exp(weights)
-    sums = weights.sum(axis=-1, keepdims=True)
-    y = scores @ v
-    mx.eval(y)
-    rows = np.asarray(y)
-    rows /= sums
+        for top in range(0, N, size):
+            end = min(N, top + size)
+            rows, seen = end - top, M - N + end if causal else M
+            weights = room[: heads * rows * seen].reshape(heads, rows, seen)
+            _products(queries[b, :, top:end], keys[b, :, :seen].swapaxes(1, 2), weights)
+            weights *= np.float32(scale)
+            if causal:
+                weights[:, :, seen - rows :] += later[:rows, :rows]
+            elif added is not None:
+                weights += np.asarray(added)[b, :, top:end]
+            weights -= weights.max(axis=-1, keepdims=True)
+            _exp(weights)
+            block = out[b, :, top:end]
+            _products(weights, values[b, :, :seen], block)
+            block /= weights.sum(axis=-1, keepdims=True)
     return y
-
-
-def _causal(N: int, M: int) -> mx.array:
-    """What is added to the scores (N, M) of the last N of M tokens."""
-    return mx.where(mx.tri(N, M, M - N, dtype=mx.bool_), 0, mx.finfo(mx.float32).min / 2)
 
 
 def depthwise(
@@ -190,6 +178,12 @@ def _flat(x: mx.array) -> np.ndarray:
     return np.asarray(x).reshape(-1)
 
 
+def _rows(x: mx.array) -> np.ndarray:
+    """An evaluated array, of which at least the rows are in one piece of memory."""
+    seen = np.asarray(x)
+    return seen if seen.strides[-1] == seen.itemsize else np.ascontiguousarray(seen)
+
+
 def _blocks(*arrays: mx.array) -> Iterator[list[np.ndarray]]:
     """The memory of arrays of one size, a block of each at a time."""
     for start in range(0, arrays[0].size, BLOCK):
@@ -219,6 +213,25 @@ def _over_one_plus_exp(x: np.ndarray, out: np.ndarray) -> None:
     _exp(out)
     out += 1
     np.divide(x, out, out=out)
+
+
+def _products(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """a[h] b[h] for every head h, into out[h]: MKL divides the heads among its threads."""
+    if not _mkl():
+        np.matmul(a, b, out=out)
+        return
+    is_transposed = b.strides[2] != b.itemsize
+    stored = (a, b.swapaxes(1, 2) if is_transposed else b, out)
+    sizes = map(ctypes.c_int, (a.shape[1], b.shape[2], a.shape[2]))
+    places = [
+        (ctypes.c_void_p(x.ctypes.data), ctypes.c_int(x.strides[1] // 4), x.strides[0] // 4)
+        for x in stored
+    ]
+    (a_place, b_place, out_place), count = places, ctypes.c_int(len(a))
+    _mkl().cblas_sgemm_batch_strided(
+        *(MKL_ROW_MAJOR, MKL_NO_TRANS, MKL_TRANS if is_transposed else MKL_NO_TRANS),
+        *(*sizes, ctypes.c_float(1), *a_place, *b_place, ctypes.c_float(0), *out_place, count),
+    )
 
 
 def _vector(function: str, *vectors: np.ndarray) -> None:

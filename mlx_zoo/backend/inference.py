@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_zoo.backend import lanes
 
 # The methods of a network that take a batch and give a batch.
-BATCHED = ("__call__", "features", "forward_intermediates", "encode")
+BATCHED = ("__call__", "features", "forward_intermediates", "encode", "next_logits")
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -100,7 +100,7 @@ def _follow(fast: nn.Module) -> None:
 
 def _fused(model: nn.Module) -> nn.Module:
     """A copy of a network, its layers fused, in eval mode. Only what changed is in memory twice."""
-    fast = _copied(model)
+    fast = copied(model)
     fused: set[str] = set()
     for name, module in fast.named_modules():
         fused |= {f"{name}.{own}".lstrip(".") for own in (*_fold_norms(module), *_fuse(module))}
@@ -112,15 +112,15 @@ def _fused(model: nn.Module) -> nn.Module:
     return fast
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Modules anew, in lists too; arrays and all else as they are."""
     if isinstance(value, list):
-        return [_copied(item) for item in value]
+        return [copied(item) for item in value]
     if not isinstance(value, nn.Module):
         return value
     twin = copy.copy(value)
     for name, child in value.items():
-        twin[name] = _copied(child)
+        twin[name] = copied(child)
     return twin
 
 

@@ -83,7 +83,12 @@ def divided(function: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any)
 
 def _num_lanes(arrays: list[Any]) -> int:
     """Into how many parts to divide a call with these arguments."""
-    if not (_enabled and ops.is_enabled()) or is_lane() or not arrays or mx.default_device() != mx.cpu:
+    if (
+        not (_enabled and ops.is_enabled())
+        or is_lane()
+        or not arrays
+        or mx.default_device() != mx.cpu
+    ):
         return 1
     if not all(isinstance(x, mx.array) and x.ndim for x in arrays):
         return 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,9 @@ import mlx.core as mx
 
 from mlx_zoo.backend import cpu
 
-FEW = 2**14  # elements below which a kernel gains nothing over a lazy operation
+# Below these a kernel gains nothing over a lazy operation.
+FEW = 2**11  # elements
+FEW_SCORES = 2**14  # of attention
 IM2COL_BYTES = 2**24  # of the patches that a convolution on the CPU lays out at a time
 
 _enabled = os.environ.get("MLX_ZOO_KERNELS", "").strip().lower() != "off"
@@ -82,7 +84,7 @@ def attention(
         return cpu.attention(q, k, v, scale, added)
 
     num_scores = math.prod(q.shape[:3]) * k.shape[2]
-    return _fast(fast, exact, q, k, v, size=num_scores)
+    return _fast(fast, exact, q, k, v, pays=num_scores >= FEW_SCORES)
 
 
 def conv2d(
@@ -145,11 +147,11 @@ def _fast(
     kernel: Callable[..., mx.array],
     exact: Callable[..., mx.array],
     *arrays: mx.array,
-    size: int | None = None,  # of the work; None: of the first array
+    pays: bool | None = None,  # None: where the first array is large enough
 ) -> mx.array:
     """`kernel` of the arrays where it pays and applies, with the gradient of `exact`; else that."""
-    size = arrays[0].size if size is None else size
-    if not (_enabled and size >= FEW and _on_linux_cpu(arrays)):
+    pays = arrays[0].size >= FEW if pays is None else pays
+    if not (pays and use_cpu_kernels(arrays)):
         return exact(*arrays)
 
     def forward(*arrays: mx.array) -> mx.array:
@@ -162,10 +164,11 @@ def _fast(
     return _differentiable(forward, exact)(*arrays)
 
 
-def _on_linux_cpu(arrays: tuple[mx.array, ...]) -> bool:
-    """Whether the CPU kernels serve. macOS has Accelerate, which has vector functions."""
+def use_cpu_kernels(arrays: Iterable[mx.array]) -> bool:
+    """Whether kernels for these are on, and the CPU's. (macOS has vector functions of its own.)"""
     return (
-        sys.platform == "linux"
+        _enabled
+        and sys.platform == "linux"
         and mx.default_device() == mx.cpu
         and all(x.dtype == mx.float32 for x in arrays)
     )

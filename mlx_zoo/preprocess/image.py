@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's name
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+THREADS = min(os.cpu_count() or 1, 16)  # Pillow decodes and resizes in each at once
 MAX_RESIZED = 1 << 26  # pixels; of a larger image, only the part that will be seen is made
 
 Size = int | tuple[int, int]  # the side of a square, or (H, W), in pixels
@@ -119,7 +121,15 @@ def preprocess(images: Any, how: Preprocessing) -> np.ndarray:
         images = [images]
     if not images:
         raise ValueError("images is empty")
-    return np.stack([_prepared(opened(image, how), how) for image in images])
+
+    def prepared(image: Any) -> np.ndarray:
+        return _prepared(opened(image, how), how)
+
+    # An open file, or image, that is there twice cannot be read by two threads at once.
+    if len({*map(id, images)}) < len(images) or len(images) == 1:
+        return np.stack([*map(prepared, images)])
+    with ThreadPoolExecutor(min(len(images), THREADS), "mlx_zoo-images") as threads:
+        return np.stack([*threads.map(prepared, images)])
 
 
 def as_list(images: Any) -> Any:

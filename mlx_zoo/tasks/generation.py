@@ -18,6 +18,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_zoo import describe, registry
+from mlx_zoo.backend.inference import original_of
+from mlx_zoo.backend.transposed import for_rows
 from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, UnsupportedFormat
@@ -137,7 +139,8 @@ def generate_batch(
     count = max(counts)
     cache = model.make_cache(max(map(len, rows)) + count)
     writers = [Writer(count, stops, tokenizer) for count in counts]
-    for tokens in _steps(model, rows, count, sampling, _key(seed), cache):
+    network = for_rows(model, len(rows), ("wte",) if model.config.tied else ())
+    for tokens in _steps(network, rows, count, sampling, _key(seed), cache):
         for writer, token in zip(writers, tokens, strict=True):
             if not writer.ended:
                 writer.push(token)
@@ -219,6 +222,7 @@ def fingerprint(model: nn.Module) -> str:
 
     Training moves them all; two checkpoints of one config differ in them.
     """
+    model = original_of(model)  # an optimised one's layers are fused, and its states the same
     parameters: Any = sorted(tree_flatten(model.parameters()))
     first = mx.concatenate([x.reshape(-1)[:16].astype(mx.float32) for _, x in parameters])
     text = json.dumps([asdict(model.config), [name for name, _ in parameters]], sort_keys=True)
@@ -320,7 +324,7 @@ def _steps(
 ) -> Iterator[list[int]]:
     """`count` times the next token of every row; `prefix` is what the cache has of them.
 
-    While a token is on its way to the caller, the one after it is being computed.
+    On a GPU, while a token is on its way to the caller, the one after it is being computed.
     """
     cache.check_rows(len(rows))
     longest = max(map(len, rows))
@@ -347,10 +351,11 @@ def _steps(
         return tokens
 
     tokens = step(mx.array(ids), None if mask.all() else mx.array(mask))
+    ahead = mx.default_device() != mx.cpu  # where kernels compute while a step is being built
     for _ in range(count - 1):
-        following = step(tokens[:, None], None)
+        following = step(tokens[:, None], None) if ahead else None
         yield np.array(tokens).tolist()
-        tokens = following
+        tokens = step(tokens[:, None], None) if following is None else following
     yield np.array(tokens).tolist()
 
 

@@ -32,12 +32,15 @@ class Images:
         self.model = model
         self.place = place
 
-    def pixels(self, images: Sequence[Any]) -> mx.array:
-        """(B, H, W, C), in the type of the weights."""
+    def prepare(self, images: Sequence[Any]) -> np.ndarray:
+        """(B, H, W, C) float32; MLX has no part in it, so that another thread may do it."""
         how = self.model.checkpoint.preprocessing
         size = getattr(self.model.config, "img_size", how.size)  # it may have been reset since
-        pixels = preprocess(list(images), how if size == how.size else how.at(size))
-        return mx.array(pixels).astype(zoo.kind_of(self.model))
+        return preprocess(list(images), how if size == how.size else how.at(size))
+
+    def pixels(self, prepared: np.ndarray) -> mx.array:
+        """(B, H, W, C), in the type of the weights."""
+        return mx.array(prepared).astype(zoo.kind_of(self.model))
 
 
 class ImageClassification(Images):
@@ -73,13 +76,13 @@ class ImageClassification(Images):
         if top_k is not None:
             check_count("top_k", top_k)
 
-        def work(batch: Sequence[Any], advance: Advance) -> list[Answer]:
-            logits = self.model(self.pixels(batch))
+        def read(prepared: np.ndarray, advance: Advance) -> list[Answer]:
+            logits = self.model(self.pixels(prepared))
             scores = scores_of(logits, function_to_apply or self.function)
-            advance(len(batch))
+            advance(len(prepared))
             return [ranked(row, self.labels, top_k) for row in scores]
 
-        return answers(as_list(images), work, batch_size)
+        return answers(as_list(images), self.prepare, read, batch_size)
 
 
 class ImageFeatures(Images):
@@ -90,9 +93,9 @@ class ImageFeatures(Images):
     def __call__(self, images: Any, *, batch_size: int = 32) -> np.ndarray | Iterator[np.ndarray]:
         """(B, D) float32 of a list; (D,) of one image; an iterator of (D,) of an iterator."""
 
-        def work(batch: Sequence[Any], advance: Advance) -> list[np.ndarray]:
-            vectors = np.array(self.model.features(self.pixels(batch)).astype(mx.float32))
-            advance(len(batch))
+        def read(prepared: np.ndarray, advance: Advance) -> list[np.ndarray]:
+            vectors = np.array(self.model.features(self.pixels(prepared)).astype(mx.float32))
+            advance(len(prepared))
             return list(vectors)
 
-        return stacked(answers(as_list(images), work, batch_size))
+        return stacked(answers(as_list(images), self.prepare, read, batch_size))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_zoo")
 
 Answer = list[dict[str, Any]]
-LOOK_AHEAD = 32  # batches of a list, among which texts of like lengths are put together
+LOOK_AHEAD = 32  # batches: a window of a list, in which texts of like lengths are put together
 ONE: Any = ...  # where no top_k is given: the best alone, not in a list
 
 
@@ -85,13 +85,19 @@ class Texts:
                 check_text(part)
         limit = self.model.config.max_positions
         backend = self.tokenizer.backend
-        backend.no_padding()
-        backend.no_truncation()
-        if truncation:
-            strategy = "longest_first" if truncation is True else truncation
-            side = self.tokenizer.truncation_side
-            cut = max_length or self.tokenizer.max_length or limit
-            backend.enable_truncation(cut, stride=stride or 0, strategy=strategy, direction=side)
+        cut: dict[str, Any] = {
+            "max_length": max_length or self.tokenizer.max_length or limit,
+            "stride": stride or 0,
+            "strategy": "longest_first" if truncation is True else truncation,
+            "direction": self.tokenizer.truncation_side,
+        }
+        # Nothing is changed that is right already: another thread may be decoding.
+        if backend.padding:
+            backend.no_padding()
+        if truncation and backend.truncation != cut:
+            backend.enable_truncation(**cut)
+        elif not truncation and backend.truncation:
+            backend.no_truncation()
         encoded = backend.encode_batch(list(texts))
         for text, encoding in zip(texts, encoded, strict=True):
             if not len(encoding):
@@ -137,8 +143,11 @@ class Texts:
             answer: an input, its pieces, and what the network says of them -> the answer.
         """
 
-        def work(some: Sequence[Any], advance: Advance) -> list[Any]:
-            encoded = encode(some)
+        def prepare(some: Sequence[Any]) -> tuple[Sequence[Any], list[list[Piece]]]:
+            return some, encode(some)
+
+        def work(prepared: tuple[Sequence[Any], list[list[Piece]]], advance: Advance) -> list[Any]:
+            some, encoded = prepared
             places = [(i, n) for i, pieces in enumerate(encoded) for n in range(len(pieces))]
             # Like lengths together: less padding.
             places.sort(key=lambda place: len(encoded[place[0]][place[1]]), reverse=True)
@@ -151,7 +160,7 @@ class Texts:
                 for i, (item, pieces) in enumerate(zip(some, encoded, strict=True))
             ]
 
-        return answers(inputs, work, batch_size, LOOK_AHEAD)
+        return answers(inputs, prepare, work, batch_size, LOOK_AHEAD)
 
 
 class FillMask(Texts):
