@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from itertools import islice
@@ -25,8 +26,15 @@ from mlx_zoo.errors import (
 )
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.checkpoint import read_state_dict
-from mlx_zoo.hub.fetch import Fetched, fetch_files, fetch_weights, resolve_revision
+from mlx_zoo.hub.fetch import (
+    Fetched,
+    fetch_files,
+    fetch_weights,
+    local_weights,
+    resolve_revision,
+)
 from mlx_zoo.hub.keeping import cannot_keep
+from mlx_zoo.hub.seen import LARGE
 from mlx_zoo.hub.source import DirectorySource, HubSource, Source, UrlSource
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.spec import Spec
@@ -73,13 +81,30 @@ class Converted:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the bytes are, which bytes they are, and which network they are expected to fill."""
+    """Where the bytes are, and which network they are expected to fill."""
 
     source: Source  # of the hub: at a commit
-    identity: Any  # a commit, a pinned address, or hashes
     config: Any
     fetched: Fetched | None  # what is at hand already: local files
     parts: Mapping[str, Fetched]  # and those in folders of their own
+
+    @property
+    def identity(self) -> Any:
+        """Which bytes they are: a commit, a pinned address, or hashes."""
+        if self.fetched is None:
+            return str(self.source)
+        parts = [sorted(part.sha256.values()) for part in self.parts.values()]
+        return [sorted(self.fetched.sha256.values()), parts]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Weights in MLX's layout, in memory, and what was found out about them."""
+
+    weights: dict[str, mx.array]
+    config: Any  # of the network that they fill
+    dialect: str
+    nonfinite: list[str]
 
 
 def converted(request: Request, place: Place) -> Converted:
@@ -94,6 +119,9 @@ def converted(request: Request, place: Place) -> Converted:
     if isinstance(origin.source, HubSource):
         checkpoint = replace(request.checkpoint, revision=origin.source.revision)
         request = replace(request, checkpoint=checkpoint)
+    mapped = None
+    if origin.fetched is not None:  # local files are what their bytes are
+        origin, mapped = _hashed(origin, origin.fetched, request, place)
     key = cache.key_of(
         {
             "source": origin.identity,
@@ -109,7 +137,7 @@ def converted(request: Request, place: Place) -> Converted:
     found = _from_cache(key, request, place)
     if found is not None and _is_asked_for(found.config, origin.config, request):
         return found
-    return _convert(key, origin, request, place)
+    return _convert(key, origin, mapped, request, place)
 
 
 def _is_asked_for(config: Any, expected: Any, request: Request) -> bool:
@@ -129,45 +157,85 @@ def _origin(source: Source, request: Request, place: Place) -> Origin:
     if isinstance(source, HubSource):  # a commit says what the bytes are
         commit = request.checkpoint.revision or resolve_revision(source, **place.options)
         source = HubSource(source.repo, commit)
-        identity: Any = str(source)
-    elif isinstance(source, UrlSource):
-        identity = str(source)
-    else:  # local files are what their bytes are
-        fetched = fetch_weights(source, **place.options)
-        _check_sha256(fetched.sha256, request.checkpoint)
-        identity = sorted(fetched.sha256.values())
-
+    elif not isinstance(source, UrlSource):
+        fetched = local_weights(source, place.root)
     config = _convertible(request)
     files = describe.files_of(source, request.architecture, config, place)
     config = request.architecture.read_files(config, files)
     if fetched is not None:
         folders = request.architecture.parts(config)
         parts = {folder: _fetch_part(source, folder, place) for folder in folders}
-        identity = [identity, [sorted(part.sha256.values()) for part in parts.values()]]
-    return Origin(source, identity, config, fetched, parts)
+    return Origin(source, config, fetched, parts)
 
 
-def _convert(key: str, origin: Origin, request: Request, place: Place) -> Converted:
+def _hashed(
+    origin: Origin, fetched: Fetched, request: Request, place: Place
+) -> tuple[Origin, Mapped | MLXZooError | None]:
+    """The origin with the hashes of its local files, which tell whether the cache has them.
+
+    Large files are mapped meanwhile, lest it has not; what is wrong with them is said only then.
+    """
+    mapped: Mapped | MLXZooError | None = None
+    if fetched.is_hashed or fetched.size < LARGE:
+        fetched = fetched.hashed(place.root)
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            hashing = thread.submit(fetched.hashed, place.root)
+            try:
+                mapped = _mapped(fetched, origin, request, place)
+            except MLXZooError as error:
+                mapped = error
+            fetched = hashing.result()
+        fetched.check_unchanged()
+    _check_sha256(fetched.sha256, request.checkpoint)
+    return replace(origin, fetched=fetched), mapped
+
+
+def _convert(
+    key: str,
+    origin: Origin,
+    mapped: Mapped | MLXZooError | None,
+    request: Request,
+    place: Place,
+) -> Converted:
+    if isinstance(mapped, MLXZooError):
+        raise mapped
     fetched = origin.fetched or _fetch(origin.source, request, place)
-    state = read_state_dict(fetched.weights, fetched.index)
-    fetched.check_unchanged()
-    for folder, prefix in request.architecture.parts(origin.config).items():
-        state |= _part(origin, folder, prefix, place)
-    weights, config, dialect = _map(state, origin.config, request)
-    nonfinite = engine.nonfinite(weights)
-    _check_finite(nonfinite, request)
-    checkpoint = replace(request.checkpoint, dialect=dialect)
+    mapped = mapped or _mapped(fetched, origin, request, place)
+    config = mapped.config
+    checkpoint = replace(request.checkpoint, dialect=mapped.dialect)
     if is_bare(request.checkpoint):  # only now is it known what the file holds
         checkpoint = replace(checkpoint, config=config)
-    weights, quantization = _quantized(weights, config, request)
-    manifest = manifest_of(checkpoint, config, request.architecture, nonfinite, quantization)
+    weights, how = _quantized(mapped.weights, config, request)
+    manifest = manifest_of(checkpoint, config, request.architecture, mapped.nonfinite, how)
     manifest["source_sha256"] = fetched.sha256
     try:
         entry = cache.store(place.root, checkpoint.name, key, weights, manifest)
     except OSError as error:
         cannot_keep(place.root, error)
         entry = None
-    return Converted(weights, config, checkpoint, quantization, entry)
+    return Converted(weights, config, checkpoint, how, entry)
+
+
+def _mapped(fetched: Fetched, origin: Origin, request: Request, place: Place) -> Mapped:
+    """The tensors of the files, as the network wants them."""
+    state = read_state_dict(fetched.weights, fetched.index)
+    fetched.check_unchanged()
+    for folder, prefix in request.architecture.parts(origin.config).items():
+        state |= _part(origin, folder, prefix, place)
+    weights, config, dialect = _map(state, origin.config, request)
+    del state
+    _settle(weights)
+    nonfinite = engine.nonfinite(weights)
+    _check_finite(nonfinite, request)
+    return Mapped(weights, config, dialect, nonfinite)
+
+
+def _settle(weights: dict[str, mx.array]) -> None:
+    """Compute the weights one after the other, in place: each lets go of what it was made of."""
+    for name in weights:
+        weights[name] = mx.contiguous(weights[name])
+        mx.eval(weights[name])
 
 
 def network(architecture: Architecture, config: Any, how: Quantization | None) -> nn.Module:
@@ -255,7 +323,7 @@ def is_bare(checkpoint: Checkpoint) -> bool:
 
 def _map(
     state: Mapping[str, mx.array], config: Any, request: Request
-) -> tuple[Mapping[str, mx.array], Any, str]:
+) -> tuple[dict[str, mx.array], Any, str]:
     """The state dict as parameters of a network, that network's config, and the dialect.
 
     Where the weights do not fill the wished-for head or input, and the user gave its size, they
@@ -308,10 +376,10 @@ def _variants_of(state: Mapping[str, mx.array], request: Request) -> list[str]:
     return list(islice((name for name, config in variants if fits(body(config))), 3))
 
 
-def _cast(weights: Mapping[str, mx.array], request: Request) -> Mapping[str, mx.array]:
+def _cast(weights: Mapping[str, mx.array], request: Request) -> dict[str, mx.array]:
     """The weights in the type that was asked for, or in their own; packed integers stay."""
     if request.dtype is None:
-        return weights
+        return dict(weights)
     floating = {name for name, x in weights.items() if mx.issubdtype(x.dtype, mx.floating)}
     return {n: x.astype(request.dtype) if n in floating else x for n, x in weights.items()}
 
@@ -326,7 +394,10 @@ def choose_dialect(
 
     Raises MappingError: with the nearest miss where there is none, with all where there are two.
     """
-    candidates = _candidates(model.config, architecture, checkpoint)
+    candidates: dict[str, Spec] = {}
+    for name, spec in _candidates(model.config, architecture, checkpoint).items():
+        if spec not in candidates.values():  # publishers may write alike
+            candidates[name] = spec
     misses = {name: engine.mismatches(state, model, spec) for name, spec in candidates.items()}
     fitting: dict[tuple[engine.Link, ...], str] = {}
     for name, problems in misses.items():
@@ -406,17 +477,18 @@ def warn_once(message: str) -> None:
 def _from_cache(key: str, request: Request, place: Place) -> Converted | None:
     """What the entry of that key holds, or None where there is no whole one."""
     checkpoint = request.checkpoint
-    entry = cache.find(place.root, checkpoint.name, key)
+    entry = cache.look_up(place.root, checkpoint.name, key)
     if entry is None:
         return None
     try:
+        weights = cache.read_checked(entry)
         stored, config = describe.from_json(entry.manifest)
         if is_bare(checkpoint):
             checkpoint = replace(checkpoint, config=stored.config)
         checkpoint = replace(checkpoint, dialect=stored.dialect, revision=stored.revision)
         how = quantization_of(entry.manifest)
-        found = Converted(cache.read_weights(entry), config, checkpoint, how, entry)
-    except CheckpointError as error:  # of another release, say
+        found = Converted(weights, config, checkpoint, how, entry)
+    except MLXZooError as error:  # damaged, or of another release
         cache.quarantine(place.root, entry.path, error)
         return None
     except OSError:
@@ -437,8 +509,7 @@ def _from_folder(folder: Path, request: Request) -> Converted:
     weights: Mapping[str, mx.array]
     try:
         entry = cache.read_entry(folder)
-        cache.check(entry)
-        weights = cache.read_weights(entry)
+        weights = cache.read_checked(entry)
     except (OSError, ValueError, MLXZooError) as error:
         raise IntegrityError(f"{folder} is damaged ({error}): convert it again") from error
     if entry.manifest["format"] != cache.FORMAT:

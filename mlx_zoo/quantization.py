@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo import registry
+from mlx_zoo.backend.inference import original_of
 
 log = logging.getLogger("mlx_zoo")
 
@@ -54,6 +55,8 @@ def quantize(model: nn.Module, bits: int = 8, *, group_size: int = 64) -> nn.Mod
     """
     wish = Quantization(bits, group_size)
     architecture = registry.of_model(model)
+    if original_of(model) is not model:
+        raise ValueError("this network is optimised for inference: quantise its .original")
     if getattr(model, "quantization", None) is not None:
         raise ValueError("this network is quantised already")
     found = {

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zoo import describe, quantization, registry
+from mlx_zoo.backend.inference import original_of
 from mlx_zoo.catalogue import Architecture, Checkpoint, as_size, config_from
 from mlx_zoo.converting import (
     Converted,
@@ -241,10 +242,10 @@ def of_entry(entry: cache.Entry, place: Place) -> nn.Module:
 
     Raises OSError and MLXZooError where it is damaged.
     """
-    cache.check(entry)
+    weights = cache.read_checked(entry)
     checkpoint, config = describe.from_json(entry.manifest)
     how = quantization_of(entry.manifest)
-    found = Converted(cache.read_weights(entry), config, checkpoint, how, entry)
+    found = Converted(weights, config, checkpoint, how, entry)
     architecture = registry.architectures()[checkpoint.architecture]
     model = _network(found, Request(checkpoint, architecture, config))
     model.place = place
@@ -338,7 +339,7 @@ def convert(
     if isinstance(name, nn.Module):
         if changing := sorted(options.keys() - {"cache_dir", "local_files_only"}):
             raise ValueError(f"{', '.join(changing)}: a loaded network is written as it is")
-        model = name
+        model = original_of(name)
     else:
         model = load(name, pretrained, **options)
     checkpoint = getattr(model, "checkpoint", None)
@@ -380,6 +381,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | Non
         ValueError: a dialect that the architecture does not have, or whose publisher has no such
             network; a quantised network.
     """
+    model = original_of(model)
     architecture = registry.of_model(model)
     weights = engine.parameters(model)
     if odd := [n for n, x in weights.items() if not mx.issubdtype(x.dtype, mx.floating)]:

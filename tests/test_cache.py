@@ -163,7 +163,7 @@ def test_row_18_the_faster_process_wins(cache, right, monkeypatch, caplog):
         monkeypatch.undo()
         monkeypatch.setenv("MLX_ZOO_CACHE", str(cache))
         assert digest(load()) == right
-        save(path, weights, metadata)
+        return save(path, weights, metadata)
 
     monkeypatch.setattr(cache_module, "save", save)
     assert digest(load()) == right
@@ -180,7 +180,7 @@ def test_row_18_what_is_in_the_way_may_be_damaged(cache, right, monkeypatch, cap
         monkeypatch.setenv("MLX_ZOO_CACHE", str(cache))
         load()
         truncate(only_entry(cache))
-        save(path, weights, metadata)
+        return save(path, weights, metadata)
 
     monkeypatch.setattr(cache_module, "save", save)
     assert digest(load()) == right
@@ -341,11 +341,11 @@ def test_row_19_another_key_and_the_old_entry_is_not_used(cache, monkeypatch, ch
     old = only_entry(cache)
     read = []
 
-    def read_weights(entry, read_weights=cache_module.read_weights):
+    def read_checked(entry, read_checked=cache_module.read_checked):
         read.append(entry.path)
-        return read_weights(entry)
+        return read_checked(entry)
 
-    monkeypatch.setattr(cache_module, "read_weights", read_weights)
+    monkeypatch.setattr(cache_module, "read_checked", read_checked)
     change(monkeypatch)
     load(**options)
     assert read == []  # converted anew
@@ -479,38 +479,41 @@ def test_row_22_a_loaded_model_needs_its_entry_no_more(cache, right):
 def test_row_22_an_entry_that_is_replaced_while_it_is_read(cache, right, monkeypatch):
     load()
     entry = only_entry(cache)
-    checked = []
+    seen = []
 
-    def check(entry, check=cache_module.check):
-        check(entry)
-        checked.append(entry)
-        shutil.rmtree(entry.path)
+    def read_entry(path, read_entry=cache_module.read_entry):
+        found = read_entry(path)
+        seen.append(path)
+        shutil.rmtree(path)
+        return found
 
-    monkeypatch.setattr(cache_module, "check", check)
+    monkeypatch.setattr(cache_module, "read_entry", read_entry)
     assert digest(load()) == right
-    assert [entry.path for entry in checked] == [entry.path]
+    assert seen == [entry.path]
 
 
 @pytest.mark.parametrize("harm", [lambda entry: truncate(entry), lambda entry: flip(-1)(entry)])
-@pytest.mark.parametrize("when", ["checked", "opened", "read"])
+@pytest.mark.parametrize("when", ["found", "opened", "while it is hashed", "read"])
 def test_row_22_an_entry_that_is_harmed_while_it_is_read(harm, when, cache, right, monkeypatch):
-    """After its hash was checked, between its header and its tensors, or when all is read."""
+    """Before its header is read, between that and its tensors, between these, or after all."""
     load()
     entry = only_entry(cache)
 
     def act(*args, **options):
         monkeypatch.setattr(place, name, action)
-        if when == "opened":
+        if when in ("opened", "while it is hashed"):
             harm(entry)
         result = action(*args, **options)
-        if when != "opened":
+        if when in ("found", "read"):
             harm(entry)
         return result
 
+    monkeypatch.setattr(checkpoint, "BLOCK", 1)  # a tensor at a time
     place, name = {
-        "checked": (cache_module, "check"),
+        "found": (cache_module, "look_up"),
         "opened": (checkpoint, "read_safetensors"),
-        "read": (cache_module, "read_weights"),
+        "while it is hashed": (checkpoint, "_to_array"),
+        "read": (cache_module, "read_checked"),
     }[when]
     action = getattr(place, name)
     monkeypatch.setattr(place, name, act)

@@ -43,13 +43,13 @@ ARROWS = {
     "registry": ("catalogue", "errors", "specs", "mapping.engine"),  # to count parameters
     "hub": ("errors",),
     "describe": ("registry", "catalogue", "errors", "hub", "preprocess"),
-    "quantization": ("registry",),
+    "quantization": ("registry", "backend"),
     "converting": (
         *("describe", "registry", "catalogue", "errors", "hub", "mapping", "quantization"),
     ),
     "zoo": (
         *("converting", "describe", "registry", "catalogue", "errors", "hub", "mapping"),
-        "quantization",
+        *("quantization", "backend"),
     ),
     "verify": (
         "zoo",
@@ -272,6 +272,7 @@ def test_axes_of_weights_move_in_the_layout_alone():
     allowed = {"mlx_zoo.mapping.layout", "mlx_zoo.verify.reference"}  # the latter: input images
     allowed |= {"mlx_zoo.verify.operations", "mlx_zoo.verify.conformance"}  # it is their subject
     allowed |= {"mlx_zoo.backend.ops", "mlx_zoo.backend.cpu"}  # the operands of products
+    allowed |= {"mlx_zoo.backend.cuda"}  # heads and tokens
     allowed |= {"mlx_zoo.backend.transposed"}  # where weights lie in memory; their axes stay
     assert "mlx_zoo.mapping.layout" in found
     assert {name for name in found if place(name) != "models"} <= allowed

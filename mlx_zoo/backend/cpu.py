@@ -89,8 +89,9 @@ def attention(
     """
     (B, heads, N, D), M = q.shape, k.shape[2]
     y = mx.zeros((B, heads, N, D))
-    causal = isinstance(mask, str)
-    added = None if causal or mask is None else mx.broadcast_to(mask, (B, heads, N, M))
+    causal, added = isinstance(mask, str), None
+    if isinstance(mask, mx.array):
+        added = mx.broadcast_to(mask, (B, heads, N, M))
     mx.eval(q, k, v, y, added)
     queries, keys, values, out = (_rows(x) for x in (q, k, v, y))
     size = min(N, max(1, ROWS // (heads * M)))

@@ -9,6 +9,7 @@
     <root>/quarantine/       entries that could not be used
     <root>/downloads/        files that came from an https address (`download`)
     <root>/pins/             what was learnt about repositories (`pins`)
+    <root>/seen/             the hashes of large local files (`seen`)
 
 An entry appears by one rename of its folder, so a conversion that is killed leaves nothing that a
 later run could take for whole. Its hash is checked before it is trusted. Any number of processes
@@ -37,7 +38,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zoo.errors import MLXZooError
-from mlx_zoo.hub.safetensors_header import read_header
+from mlx_zoo.hub.reading import Hashing, sha256_of
+from mlx_zoo.hub.safetensors_header import Header, read_header
+from mlx_zoo.hub.safetensors_writer import write_safetensors as save
 
 log = logging.getLogger("mlx_zoo")
 
@@ -92,19 +95,21 @@ def key_of(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        if sys.version_info >= (3, 11):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-
 def find(root: Path, name: str, key: str) -> Entry | None:
     """The whole and unchanged entry of that key, or None. Any other is set aside."""
+    entry = look_up(root, name, key)
+    if entry is None:
+        return None
+    try:
+        check(entry)
+    except (OSError, ValueError, MLXZooError) as error:
+        quarantine(root, entry.path, error)
+        return None
+    return entry
+
+
+def look_up(root: Path, name: str, key: str) -> Entry | None:
+    """The entry of that key, its weights not yet checked, or None. A damaged one is set aside."""
     path = _folder(root, name, key)
     if not path.is_dir():
         return None
@@ -112,7 +117,6 @@ def find(root: Path, name: str, key: str) -> Entry | None:
         entry = read_entry(path)
         if entry.manifest.get("key") != key:
             raise MLXZooError("the manifest belongs to another conversion")
-        check(entry)
     except (OSError, ValueError, MLXZooError) as error:
         quarantine(root, path, error)
         return None
@@ -141,15 +145,49 @@ def check(entry: Entry) -> None:
 
     The manifest has the hash of the weights; their header repeats what the manifest says.
     """
+    header = _checked_header(entry)
+    _check_sha256(entry, sha256_of(entry.weights))
+    _check_metadata(entry, header)
+
+
+def read_checked(entry: Entry) -> dict[str, mx.array]:
+    """The parameters of an entry, in memory: the bytes that are hashed are those that are kept.
+
+    Raises as `check` does; OSError where it was removed or replaced meanwhile.
+    """
+    from mlx_zoo.hub.checkpoint import read_safetensors
+
+    header = _checked_header(entry)
+    with Hashing() as digest:
+        weights = read_safetensors(entry.weights, header, digest)
+        _check_sha256(entry, digest.hexdigest())
+    _check_metadata(entry, header)
+    _check_same_file(entry)
+    return weights
+
+
+def _checked_header(entry: Entry) -> Header:
     if not entry.weights.is_file():
         raise MLXZooError(f"{WEIGHTS} is no file")
     size = entry.weights.stat().st_size
     if size != entry.manifest.get("size"):
         raise MLXZooError(f"{WEIGHTS} has {size} bytes, {entry.manifest.get('size')} were written")
-    if sha256_of(entry.weights) != entry.manifest.get("sha256"):
+    return read_header(entry.weights)
+
+
+def _check_sha256(entry: Entry, sha256: str) -> None:
+    if sha256 != entry.manifest.get("sha256"):
         raise MLXZooError(f"{WEIGHTS} does not have the sha256 that was written")
-    if read_header(entry.weights).metadata != _header_of(entry.manifest):
+
+
+def _check_metadata(entry: Entry, header: Header) -> None:
+    if header.metadata != _header_of(entry.manifest):
         raise MLXZooError(f"{MANIFEST} does not say what the header of {WEIGHTS} says")
+
+
+def _check_same_file(entry: Entry) -> None:
+    if state_of(entry.weights) != entry.seen:
+        raise OSError(f"{entry.weights} was replaced while it was read")
 
 
 def read_weights(entry: Entry) -> dict[str, mx.array]:
@@ -163,8 +201,7 @@ def read_weights(entry: Entry) -> dict[str, mx.array]:
         weights = read_safetensors(entry.weights, read_header(entry.weights))
     except MLXZooError as error:
         raise OSError(f"{entry.weights}: {error}") from error
-    if state_of(entry.weights) != entry.seen:
-        raise OSError(f"{entry.weights} was replaced while it was read")
+    _check_same_file(entry)
     return weights
 
 
@@ -220,12 +257,12 @@ def write_folder(
     """Write weights and manifest into an existing folder; the manifest as written is returned."""
     manifest = {"format": FORMAT, **manifest, "versions": versions()}
     target = folder / WEIGHTS
-    save(target, weights, _header_of(manifest))
+    sha256 = save(target, weights, _header_of(manifest))
     manifest = {
         **manifest,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "size": target.stat().st_size,
-        "sha256": sha256_of(target),
+        "sha256": sha256,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
@@ -236,15 +273,6 @@ def _header_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     later = ("created", "size", "sha256")
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in manifest.items()}
     return {"layout": "mlx", **{k: text for k, text in texts.items() if k not in later}}
-
-
-def save(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file. Raises OSError with the path where the disk is full."""
-    path.touch()  # by Python, as the umask says: MLX's own files are not the group's
-    try:
-        mx.save_safetensors(str(path), dict(weights), metadata=dict(metadata))
-    except RuntimeError as error:
-        raise OSError(f"{path}: {error}") from error
 
 
 def stamp(entry: Entry, verification: Mapping[str, Any]) -> None:
@@ -304,6 +332,7 @@ def prune(root: Path, keep_days: float | None = None) -> list[Path]:
         ("weights", ".partial-*"),
         ("downloads", ".*.part"),
         ("pins", ".*.part"),
+        ("seen", ".*.part"),
     ):
         removed += sweep(root / folder, pattern)
     return removed

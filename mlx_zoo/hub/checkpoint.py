@@ -6,14 +6,15 @@ page may be called `model.safetensors`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_zoo.errors import CheckpointError, UnsafeCheckpoint
-from mlx_zoo.hub.safetensors_header import Header, read_header, strict_json
+from mlx_zoo.hub.reading import Hashing, read_bytes
+from mlx_zoo.hub.safetensors_header import Header, TensorInfo, read_header, strict_json
 from mlx_zoo.hub.torch_checkpoint import (
     SAFETENSORS,
     looks_like,
@@ -23,6 +24,8 @@ from mlx_zoo.hub.torch_checkpoint import (
 )
 
 MAX_INDEX = 64 << 20  # bytes
+BLOCK = 4 << 20  # bytes that are read at once: small tensors together
+ROOM = 16 << 20  # bytes of memory that are used again for the next block
 SHARD_SUFFIXES = (".safetensors", ".bin")
 
 NUMPY_DTYPES = {
@@ -37,7 +40,7 @@ def read_state_dict(paths: Sequence[Path], index: Path | None = None) -> dict[st
 
     Nested training checkpoints are unwrapped and prefixes that every name has are stripped
     (`torch_checkpoint.unwrap`, `strip_prefixes`). With `index`, the shards must hold exactly what
-    the index says. Arrays from safetensors are lazy: MLX reads them when they are evaluated.
+    the index says.
 
     Raises CheckpointError, or one of its kinds, or IntegrityError, naming the file.
     """
@@ -102,25 +105,65 @@ def _read_file(path: Path) -> dict[str, mx.array]:
     raise type(error)(f"{path}: {error}")
 
 
-def read_safetensors(path: Path, header: Header) -> dict[str, mx.array]:
-    """The tensors of a file, in memory, in their own types.
+def read_safetensors(
+    path: Path, header: Header, digest: Hashing | None = None
+) -> dict[str, mx.array]:
+    """The tensors of a file, in memory, in their own types; `digest` gets all bytes of the file.
 
     Not by mx.load: it reads when an array is evaluated, and where the file is shorter by then, what
     is evaluated after it fails too, or waits for ever. Raises CheckpointError.
     """
     tensors = {}
     try:
-        with path.open("rb") as file:
-            for name, info in header.tensors.items():
-                begin, end = info.offsets
-                file.seek(header.data_start + begin)
-                data = np.frombuffer(file.read(end - begin), NUMPY_DTYPES[info.dtype])
-                dtype = mx.float64 if info.dtype == "F64" else None  # float32 unless told
-                array = mx.array(data.reshape(info.shape), dtype=dtype)
-                tensors[name] = array.view(mx.bfloat16) if info.dtype == "BF16" else array
-    except (OSError, ValueError) as error:  # it changed since its header was read
+        with path.open("rb", buffering=0) as file:
+            if digest:
+                digest.add(read_bytes(file, header.data_start))
+            file.seek(header.data_start)
+            blocks = list(_blocks(header))
+            largest = max((_span(block)[1] for block in blocks), default=0)
+            # One is read into while the other is hashed; to take new memory takes as long.
+            rooms = [np.empty(min(largest, ROOM), np.uint8) for _ in range(2 if digest else 1)]
+            for i, block in enumerate(blocks):
+                start, size = _span(block)
+                if digest:
+                    digest.wait(1)
+                data = read_bytes(file, size, rooms[i % len(rooms)] if size <= ROOM else None)
+                if digest:
+                    digest.add(data)
+                for name, info in block:
+                    begin, end = info.offsets
+                    tensors[name] = _to_array(data[begin - start : end - start], info)
+    except (EOFError, OSError, ValueError) as error:  # it changed since its header was read
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return tensors
+
+
+def _blocks(header: Header) -> Iterator[list[tuple[str, TensorInfo]]]:
+    """The tensors in the order of their bytes, as many at a time as are read at once."""
+    block: list[tuple[str, TensorInfo]] = []
+    for item in header.tensors.items():
+        block.append(item)
+        if item[1].offsets[1] - block[0][1].offsets[0] >= BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _span(block: list[tuple[str, TensorInfo]]) -> tuple[int, int]:
+    """Where a block starts, and its bytes."""
+    start, (_, end) = block[0][1].offsets[0], block[-1][1].offsets
+    return start, end - start
+
+
+def _to_array(data: np.ndarray, info: TensorInfo) -> mx.array:
+    """The bytes of one tensor, copied into an array of its own."""
+    dtype = np.dtype(NUMPY_DTYPES[info.dtype])
+    if data.ctypes.data % dtype.itemsize:  # the format does not align them
+        data = data.copy()
+    kind = mx.float64 if info.dtype == "F64" else None  # float32 unless told
+    array = mx.array(data.view(dtype).reshape(info.shape), dtype=kind)
+    return array.view(mx.bfloat16) if info.dtype == "BF16" else array
 
 
 def _weight_map(index: Path) -> dict[str, str]:

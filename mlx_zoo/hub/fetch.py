@@ -7,18 +7,21 @@ is an error of `mlx_zoo.errors`; only a full disk is an OSError.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx_zoo.errors import CheckpointError, FileNotInRepository
 from mlx_zoo.hub.answers import placeholder
-from mlx_zoo.hub.cache import sha256_of, state_of
+from mlx_zoo.hub.cache import cache_root, state_of
 from mlx_zoo.hub.download import download, file_name
+from mlx_zoo.hub.reading import sha256_of
 from mlx_zoo.hub.repository import Repository, open_repository, resolve_revision
+from mlx_zoo.hub.seen import known_sha256, remember
 from mlx_zoo.hub.source import DirectorySource, FileSource, HubSource, Source, UrlSource
 
-__all__ = ["Fetched", "fetch_files", "fetch_weights", "resolve_revision"]
+__all__ = ["Fetched", "fetch_files", "fetch_weights", "local_weights", "resolve_revision"]
 
 # In the order of preference; an index names the shards that lie beside it.
 WEIGHT_FILES = (
@@ -48,6 +51,27 @@ class Fetched:
     sha256: dict[str, str]
     license: str | None = None
     seen: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
+
+    def hashed(self, root: Path) -> Fetched:
+        """With the hashes of the local files, but for those that are recorded in `root`."""
+        found = {}
+        for name, path in self.files.items():
+            since, state = time.time(), self.seen[path]
+            sha256 = self.sha256.get(name) or sha256_of(path)
+            if name not in self.sha256 and state_of(path) == state:
+                remember(root, path, state, since, sha256)
+            found[name] = sha256
+        return replace(self, sha256=found)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files; those that are gone count for nothing."""
+        return sum(state[2] for path in self.files.values() if (state := state_of(path)))
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether the hashes of all files are known."""
+        return self.sha256.keys() == self.files.keys()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a local file was replaced or written since it was hashed."""
@@ -115,13 +139,27 @@ def fetch_weights(
         first = _choose_weights(repository.files_at_hand(commit, WEIGHT_FILES), source)
         fetched = _fetch_from_hub(repository, commit, (first,))
         return _join(fetched, _fetch_from_hub(repository, commit, _shards(fetched)))
+    if isinstance(source, UrlSource):
+        name = _own_name(source)
+        fetched = _fetch_single(source, (name,), cache_dir, local_files_only)
+        folder = DirectorySource(fetched.files[name].parent)
+        return _join(fetched, _fetch_single(folder, _shards(fetched), cache_dir, local_files_only))
+    root = cache_root(cache_dir)
+    return local_weights(source, root).hashed(root)
+
+
+def local_weights(source: DirectorySource | FileSource, root: Path) -> Fetched:
+    """The local files of the weights, with those of their hashes that are recorded in `root`.
+
+    Raises as `fetch_weights` does.
+    """
     if isinstance(source, DirectorySource):
         first = _choose_weights([name for name in WEIGHT_FILES if _has(source, name)], source)
     else:
         first = _own_name(source)
-    fetched = _fetch_single(source, (first,), cache_dir, local_files_only)
+    fetched = _find_in_place(source, (first,), root)
     folder = DirectorySource(fetched.files[first].parent)
-    return _join(fetched, _fetch_single(folder, _shards(fetched), cache_dir, local_files_only))
+    return _join(fetched, _find_in_place(folder, _shards(fetched), root))
 
 
 def _choose_weights(available: list[str], source: Source) -> str:
@@ -153,8 +191,19 @@ def _fetch_single(
 ) -> Fetched:
     if isinstance(source, UrlSource):
         return _collect(names, lambda name: _download(source, name, cache_dir, local_files_only))
-    seen = {path: state_of(path) for path in (_folder(source) / name for name in names)}
-    return replace(_collect(names, lambda name: _read_in_place(source, name)), seen=seen)
+    root = cache_root(cache_dir)
+    return _find_in_place(source, names, root).hashed(root)
+
+
+def _find_in_place(
+    source: DirectorySource | FileSource, names: Iterable[str], root: Path
+) -> Fetched:
+    """Local files, with those of their hashes that are recorded."""
+    files = {name: _in_place(source, name) for name in names}
+    seen = {path: state_of(path) for path in files.values()}
+    known = {name: known_sha256(root, path, seen[path]) for name, path in files.items()}
+    hashes = {name: sha256 for name, sha256 in known.items() if sha256}
+    return Fetched(files, "", hashes, seen=seen)
 
 
 def _collect(
@@ -187,14 +236,14 @@ def _folder(source: DirectorySource | FileSource) -> Path:
     return source.path if isinstance(source, DirectorySource) else source.path.parent
 
 
-def _read_in_place(source: DirectorySource | FileSource, name: str) -> tuple[Path, str]:
+def _in_place(source: DirectorySource | FileSource, name: str) -> Path:
     folder = _folder(source)
     path = folder / name
     if not path.is_file() or not _has(source, name):
         raise FileNotInRepository(f"{source} has no {name}: looked in {folder}")
     if looks := placeholder(path):
         raise CheckpointError(f"{path} is {looks}")
-    return path, sha256_of(path)
+    return path
 
 
 def _has(source: _SingleSource, name: str) -> bool:

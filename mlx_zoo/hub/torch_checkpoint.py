@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +31,14 @@ from mlx_zoo.hub.pickle_machine import (
     kind_of,
     short_repr,
 )
-from mlx_zoo.hub.zip_archive import Region, central_directory, member_regions, read_region
+from mlx_zoo.hub.zip_archive import (
+    Region,
+    central_directory,
+    check_crc,
+    member_regions,
+    read_region,
+    read_unchecked,
+)
 
 MAX_PICKLE = 32 << 20  # bytes
 MAX_EXPANDED = 16 << 20  # bytes that expanded tensors may take, over three times the file's own
@@ -355,14 +363,22 @@ def _check_total(tensors: Mapping[str, TensorRef], file_size: int) -> None:
 def _read_storages(
     file: io.BufferedReader, tensors: Mapping[str, TensorRef], regions: Mapping[str, Region]
 ) -> dict[str, mx.array]:
-    """The tensors as arrays, in the same order; storages are read once, in the file's order."""
+    """The tensors as arrays, in the same order; storages are read once, in the file's order.
+
+    Their checksums are computed beside, in a thread.
+    """
     views: dict[str, set[TensorRef]] = {}
     for ref in tensors.values():
         views.setdefault(ref.storage.key, set()).add(ref)
     arrays: dict[TensorRef, mx.array] = {}
-    for key in sorted(views, key=lambda key: regions[key].start):
-        buffer = read_region(file, regions[key], f"storage {key}")
-        arrays.update((ref, _to_array(buffer, ref)) for ref in views[key])
+    room = np.empty(max(regions[key].num_bytes for key in views), np.uint8)
+    with ThreadPoolExecutor(1) as thread:
+        for key in sorted(views, key=lambda key: regions[key].start):
+            what = f"storage {key}"
+            buffer = read_unchecked(file, regions[key], what, room)
+            checked = thread.submit(check_crc, buffer, regions[key], what)
+            arrays.update((ref, _to_array(buffer, ref)) for ref in views[key])
+            checked.result()
     return {name: arrays[ref] for name, ref in tensors.items()}
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_zoo.errors import CheckpointError, IntegrityError, UnsafeCheckpoint
+from mlx_zoo.hub.reading import read_bytes
 
 MAX_MEMBERS = 65_536
 MAX_DIRECTORY = 32 << 20  # bytes
@@ -52,18 +53,33 @@ class Region(NamedTuple):
     crc: int | None
 
 
-def read_region(file: io.BufferedReader, region: Region, what: str) -> np.ndarray:
+def read_region(
+    file: io.BufferedReader, region: Region, what: str, room: np.ndarray | None = None
+) -> np.ndarray:
     """The bytes of a region (uint8), checked against its CRC where there is one.
 
-    Raises IntegrityError for a wrong CRC, CheckpointError where the file ends before the region.
+    They are in `room` where that is given. Raises as `read_unchecked` and `check_crc` do.
     """
-    buffer = np.empty(region.num_bytes, np.uint8)
+    buffer = read_unchecked(file, region, what, room)
+    check_crc(buffer, region, what)
+    return buffer
+
+
+def read_unchecked(
+    file: io.BufferedReader, region: Region, what: str, room: np.ndarray | None
+) -> np.ndarray:
+    """The bytes of a region. Raises CheckpointError where the file ends before."""
     file.seek(region.start)
-    if file.readinto(buffer.data) != region.num_bytes:
-        raise CheckpointError(f"truncated in {what}")
+    try:
+        return read_bytes(file, region.num_bytes, room)
+    except EOFError as error:
+        raise CheckpointError(f"truncated in {what}") from error
+
+
+def check_crc(buffer: np.ndarray, region: Region, what: str) -> None:
+    """Raise IntegrityError where the bytes do not have the CRC-32 that their archive promises."""
     if region.crc is not None and zlib.crc32(buffer.data) != region.crc:
         raise IntegrityError(f"{what} does not have the CRC-32 that the archive promises")
-    return buffer
 
 
 # --- The central directory ------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_zoo.errors import MappingError
@@ -27,6 +28,8 @@ from mlx_zoo.mapping.spec import Conv1D, Row, Spec, Split
 log = logging.getLogger("mlx_zoo")
 
 StateDict = Mapping[str, mx.array]
+
+PIECE = 1 << 18  # values that are looked at together: a processor's cache holds as many
 
 
 @dataclass(frozen=True)
@@ -341,7 +344,7 @@ def _unequal_twins(present: StateDict, spec: Spec) -> Iterator[str]:
     """Tied tensors that are not equal to their twins; NaNs are alike."""
     for source, a in present.items():
         twin = _twin(source, spec)
-        if twin is not None and twin in present:
+        if twin is not None and twin in present and a is not present[twin]:
             b = present[twin]
             if a.shape != b.shape or not mx.array_equal(a, b, equal_nan=True, stream=mx.cpu).item():
                 yield source
@@ -369,6 +372,16 @@ def collapse(names: Iterable[str], show: Callable[[str], str] = str) -> Iterator
 
 def nonfinite(weights: StateDict) -> list[str]:
     """The names of the tensors that hold a NaN or an infinity."""
-    verdicts = {name: mx.isfinite(x).all() for name, x in weights.items()}
-    mx.eval(verdicts)
-    return [name for name, finite in verdicts.items() if not finite.item()]
+    return [name for name, x in weights.items() if not _is_finite(x)]
+
+
+def _is_finite(x: mx.array) -> bool:
+    """By NumPy, which takes a tenth of MLX's time on the CPU; some values at a time."""
+    if x.dtype == mx.bfloat16:  # which NumPy does not have: the exponent is all ones
+        bits = np.asarray(x.view(mx.uint16)).reshape(-1)
+        return all(((piece & 0x7F80) != 0x7F80).all() for piece in _pieces(bits))
+    return all(np.isfinite(piece).all() for piece in _pieces(np.asarray(x).reshape(-1)))
+
+
+def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
+    return (values[i : i + PIECE] for i in range(0, len(values), PIECE))
