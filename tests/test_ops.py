@@ -49,9 +49,9 @@ def used(monkeypatch):
     names = []
 
     def noting(name, kernel):
-        def run(*arguments):
+        def run(*arguments, **options):
             names.append(name)
-            return kernel(*arguments)
+            return kernel(*arguments, **options)
 
         return run
 

@@ -117,7 +117,11 @@ def attention(
 
 
 def depthwise(
-    x: mx.array, weight: mx.array, bias: mx.array | None, stride: int, padding: int
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    stride: int = 1,
+    padding: int = 0,
 ) -> mx.array:
     """A convolution of every channel with its own kernel. (B, H, W, C) -> (B, H', W', C).
 

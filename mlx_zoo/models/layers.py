@@ -142,6 +142,17 @@ class Conv2d(nn.Conv2d):
         )
 
 
+class MaxPool2d(nn.Module):
+    """The largest of each window of pixels. (B, H, W, C) -> (B, H / stride, W / stride, C)."""
+
+    def __init__(self, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.max_pool(x, self.kernel, self.stride, self.padding)
+
+
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), where a residual is added.
 

@@ -21,6 +21,7 @@ from mlx_zoo.models.layers import (
     ACTIVATIONS,
     Conv2d,
     DropPath,
+    MaxPool2d,
     as_images,
     check_choice,
     check_count,
@@ -236,8 +237,8 @@ def stem_pool(dims: int, config: ResNetConfig) -> list[nn.Module]:
     if config.anti_alias == "average":
         return [nn.AvgPool2d(2)]
     if config.anti_alias == "blur":
-        return [nn.MaxPool2d(3, 1, padding=1), BlurPool()]
-    return [nn.MaxPool2d(3, 2, padding=1)]
+        return [MaxPool2d(3, 1, padding=1), BlurPool()]
+    return [MaxPool2d(3, 2, padding=1)]
 
 
 class Block(nn.Module):
