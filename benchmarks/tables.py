@@ -57,7 +57,7 @@ GPU = (
     Target("resnet50", {"torch": 1.3}, {"batch": [64], **HALVES}),
     Target("vit_b_16", {"torch": 1.2}, {"batch": [64], **HALVES}),
     Target("efficientnet_b0", {"torch": 1.5}, {"batch": [64], **HALVES}),
-    Target("bert_base_uncased", {"torch": 1.2}, {"batch": [64], "length": 128, **HALVES}),
+    Target("bert_base_uncased", {"torch": 1.2}, {"batch": [8, 64], "length": 128, **HALVES}),
     Target("gpt2", {"torch": 1.0}, {"length": 512, "phases": ["prefill"], **HALVES}),
     Target("gpt2", GPT2, {"batch": [1, 8], "phases": ["decode"], **HALVES}),
 )

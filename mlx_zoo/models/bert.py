@@ -215,10 +215,11 @@ class Bert(nn.Module):
         check_tokens(input_ids, self.config.vocab_size, self.config.max_positions)
         if token_type_ids is None:
             token_type_ids = mx.zeros_like(input_ids)
-        token_type_ids = as_array(token_type_ids, "token_type_ids")
-        check_same_shape(token_type_ids, input_ids, "token_type_ids")
-        check_integers(token_type_ids, "token_type_ids")
-        check_range(token_type_ids, self.config.type_vocab_size, "token type")
+        else:
+            token_type_ids = as_array(token_type_ids, "token_type_ids")
+            check_same_shape(token_type_ids, input_ids, "token_type_ids")
+            check_integers(token_type_ids, "token_type_ids")
+            check_range(token_type_ids, self.config.type_vocab_size, "token type")
         x = self.word_embed(input_ids) + self.token_type_embed(token_type_ids)
         x = x + self.position_embed(mx.arange(input_ids.shape[1]))
         x = self.dropout(self.norm(x))

@@ -315,11 +315,11 @@ def as_array(x: Any, name: str) -> mx.array:
 
 def check_range(ids: mx.array, size: int, what: str) -> None:
     """Raise ValueError unless 0 <= ids < size. Not inside mx.compile, where values are unknown."""
-    low: Any
-    high: Any
+    ends: Any
     try:
-        low, high = ids.min().item(), ids.max().item()
+        ends = mx.stack([ids.min(), ids.max()]).tolist()  # a GPU is waited for once
     except ValueError:  # being traced
         return
+    low, high = ends
     if low < 0 or high >= size:
         raise ValueError(f"{what} {low if low < 0 else high}: this network has {size}, from 0")
