@@ -33,8 +33,11 @@ NEEDS_NO_CASE = {
     **dict.fromkeys(("mx.array", "mx.Dtype", "mx.finfo", "mx.issubdtype"), "about types"),
     **dict.fromkeys(("mx.eval", "mx.async_eval", "mx.stream"), "about when and where"),
     **dict.fromkeys(("mx.default_device", "mx.new_stream", "mx.contiguous"), "about where"),
-    **dict.fromkeys(("mx.custom_function", "mx.vjp", "mx.jvp"), "about gradients: test_ops"),
-    "x.item": "reads what is there",
+    **dict.fromkeys(("mx.fast.cuda_kernel", "mx.cuda.is_available"), "kernels: test_cuda"),
+    **dict.fromkeys(("mx.distributed.init", "mx.distributed.all_gather"), "jobs: test_scale"),
+    **dict.fromkeys(
+        ("mx.custom_function", "mx.vjp", "mx.jvp", "mx.vmap"), "about gradients: test_ops"
+    ),
     "x.split": "of strings",
     "mx.load": "a file's bytes: the hub's tests",
     "nn.Module": "a class without arithmetic",

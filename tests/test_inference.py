@@ -245,9 +245,12 @@ def two_threads(monkeypatch):
     seen = []
 
     def noting(method, owner, *args, **kwargs):
-        if lanes.is_lane():
-            seen.append(args[0].shape[0])
-        return own(method, owner, *args, **kwargs)
+        def part(owner, *args, **kwargs):
+            if lanes.is_lane():
+                seen.append(args[0].shape[0])
+            return method(owner, *args, **kwargs)
+
+        return own(part, owner, *args, **kwargs)
 
     own = lanes.divided
     monkeypatch.setattr(lanes, "_threads", lambda: 2)
@@ -260,7 +263,7 @@ def test_a_batch_is_divided_among_the_cores(batch, parts, two_threads):
     model = mlx_zoo.load("resnet_digits", pretrained=True)
     fast, images = optimize_for_inference(model), mx.random.normal((batch, 32, 32, 1))
     assert alike(fast(images), model(images))
-    assert sorted(two_threads) == sorted(2 * parts)  # `features` and the maps, of each lane
+    assert sorted(two_threads) == parts
     assert alike(fast.features(images), model.features(images))
     for ours, theirs in zip(
         fast.forward_intermediates(images), model.forward_intermediates(images), strict=True
@@ -299,10 +302,9 @@ def test_the_threads_of_the_blas_are_as_before():
 def test_a_gradient_is_an_error_and_never_silently_zero(two_threads):
     model = mlx_zoo.load("resnet_digits", pretrained=True)
     fast, images = optimize_for_inference(model), mx.random.normal((2, 32, 32, 1))
-    with pytest.raises(ValueError, match="no gradients"):
-        mx.grad(lambda images: fast(images).sum())(images)
-    single = mx.grad(lambda images: fast(images).sum())(images[:1])  # one image has no lanes
-    assert alike(single, mx.grad(lambda images: model(images).sum())(images[:1]), 1e-5)
+    for some in (images, images[:1]):
+        with pytest.raises(ValueError, match="cannot be differentiated"):
+            mx.grad(lambda images: fast(images).sum())(some)
 
 
 def test_it_can_be_compiled(two_threads):

@@ -11,10 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zoo.backend import lanes
+from mlx_zoo.backend import lanes, ops
 
 # The methods of a network that take a batch and give a batch.
-BATCHED = ("__call__", "features", "forward_intermediates", "encode", "next_logits")
+BATCHED = ("__call__", "features", "forward_intermediates", "encode")
+STEPWISE = ("next_logits",)  # with a cache of what came before
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -68,7 +69,11 @@ def _refusal(what: str) -> str:
 
 def _optimized(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of an optimised network of class `kind`."""
-    methods = {name: _in_lanes(getattr(kind, name)) for name in BATCHED if hasattr(kind, name)}
+    own = {name: getattr(kind, name) for name in (*BATCHED, *STEPWISE) if hasattr(kind, name)}
+    methods: dict[str, Any] = {
+        name: (_on_every_core if name in BATCHED else _of_values)(method)
+        for name, method in own.items()
+    }
     methods |= {name: _refuse for name in dir(kind) if name.startswith("reset_")}
     return type(kind.__name__, (Optimized, kind), methods)
 
@@ -77,14 +82,73 @@ def _refuse(self, *args: Any, **kwargs: Any) -> None:
     raise ValueError(_refusal("changed"))
 
 
-def _in_lanes(method: Callable[..., Any]) -> Callable[..., Any]:
+def _of_values(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of an optimised network: of its original's weights, without gradients."""
+
     @functools.wraps(method)
     def run(self, *args, **kwargs):
         if not lanes.is_lane():
             _follow(self)
-        return lanes.divided(method, self, *args, **kwargs)
+        with ops.without_gradients():
+            return method(self, *args, **kwargs)
 
     return run
+
+
+def _on_every_core(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of a method that takes a batch and gives a batch."""
+
+    def compute(self, *args, **kwargs):
+        with ops.without_gradients():
+            return method(self, *args, **kwargs)
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        if lanes.is_lane():
+            return method(self, *args, **kwargs)
+        _follow(self)
+        return _guarded(functools.partial(lanes.divided, compute, self), args, kwargs)
+
+    return run
+
+
+def _guarded(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`; to differentiate it is an error: it would seem constant."""
+    result: Any = None
+
+    def forward(*arrays: mx.array) -> list[mx.array]:
+        nonlocal result
+        result = function(*args, **kwargs)
+        return _arrays(result)
+
+    def refuse(*args: Any) -> None:
+        raise ValueError(_refusal("differentiated"))
+
+    guarded: Any = mx.custom_function(forward)
+    guarded.vjp(refuse)
+    guarded.jvp(refuse)
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, mx.array)]
+    if not given:  # NumPy's arrays, or lists
+        return function(*args, **kwargs)
+    outputs = guarded(*given)
+    return _refilled(result, iter(outputs))
+
+
+def _arrays(value: Any) -> list[mx.array]:
+    """Those of an array, or of a named tuple or list of arrays and None."""
+    if isinstance(value, mx.array):
+        return [value]
+    return [] if value is None else [x for item in value for x in _arrays(item)]
+
+
+def _refilled(value: Any, arrays: Iterator[mx.array]) -> Any:
+    """`value` with other arrays in the places of its own."""
+    if isinstance(value, mx.array):
+        return next(arrays)
+    if value is None:
+        return None
+    items = [_refilled(item, arrays) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else items
 
 
 def _follow(fast: nn.Module) -> None:

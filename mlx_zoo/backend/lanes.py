@@ -69,16 +69,8 @@ def divided(function: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any)
     B = arrays[0].shape[0]
     bounds = [B * i // count for i in range(count + 1)]
     parts = [slice(a, b) for a, b in pairwise(bounds)]
-    result: Any = None
-
-    def all_parts(*arrays: mx.array) -> list[mx.array]:
-        nonlocal result
-        with _blas_threads(_threads() // count):
-            result = _joined(list(_pool(count).map(run, parts)))
-        return _arrays(result)
-
-    outputs = _without_gradient(all_parts)(*arrays)
-    return _refilled(result, iter(outputs))
+    with _blas_threads(_threads() // count):
+        return _joined(list(_pool(count).map(run, parts)))
 
 
 def _num_lanes(arrays: list[Any]) -> int:
@@ -94,36 +86,6 @@ def _num_lanes(arrays: list[Any]) -> int:
         return 1
     sizes = {x.shape[0] for x in arrays}
     return min(*sizes, _threads()) if len(sizes) == 1 else 1
-
-
-def _without_gradient(function: Callable[..., list[mx.array]]) -> Callable[..., list[mx.array]]:
-    """`function`, whose values other threads compute: to MLX they would be constants."""
-    guarded: Any = mx.custom_function(function)
-
-    @guarded.vjp
-    def vjp(primals, cotangents, outputs):
-        raise ValueError(
-            "a network optimised for inference has no gradients: differentiate its .original"
-        )
-
-    return guarded
-
-
-def _arrays(value: Any) -> list[mx.array]:
-    """Those of an array, or of a named tuple or list of arrays and None."""
-    if isinstance(value, mx.array):
-        return [value]
-    return [] if value is None else [x for item in value for x in _arrays(item)]
-
-
-def _refilled(value: Any, arrays: Iterator[mx.array]) -> Any:
-    """`value` with other arrays in the places of its own."""
-    if isinstance(value, mx.array):
-        return next(arrays)
-    if value is None:
-        return None
-    items = [_refilled(item, arrays) for item in value]
-    return type(value)(*items) if hasattr(value, "_fields") else items
 
 
 def _joined(found: list[Any]) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ IM2COL_BYTES = 2**24  # of the patches that a convolution on the CPU lays out at
 # this at its first work on the GPU.
 os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
+_here = threading.local()  # .without_gradients: whether this thread computes values alone
 _enabled = os.environ.get("MLX_ZOO_KERNELS", "").strip().lower() != "off"
 
 
@@ -45,6 +47,20 @@ def plain() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """For a while, in this thread, kernels give values alone: half of the time of a small one.
+
+    To MLX they are constants then, so nothing may be differentiated through them.
+    """
+    before = getattr(_here, "without_gradients", False)
+    _here.without_gradients = True
+    try:
+        yield
+    finally:
+        _here.without_gradients = before
 
 
 def is_enabled() -> bool:
@@ -125,9 +141,7 @@ def conv2d(
     """A convolution of (B, H, W, C) with (D, k, k, C / groups) -> (B, H', W', D)."""
     num_filters, *kernel_size, _ = weight.shape
     if (kernel_size, padding, groups) == ([1, 1], (0, 0), 1):  # a matrix product, without patches
-        x = x[:, :: stride[0], :: stride[1]]
-        weight = weight[:, 0, 0].T
-        return x @ weight if bias is None else mx.addmm(bias, x, weight)
+        return _linear(x[:, :: stride[0], :: stride[1]], weight[:, 0, 0], bias)
 
     def exact(x, weight, bias=None):
         x = _convolved(x, weight, stride, padding, groups)
@@ -146,6 +160,15 @@ def conv2d(
     )
 
 
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """x (..., I) by weight (O, I), plus bias (O,)."""
+    if bias is None:
+        return x @ weight.T
+    if mx.default_device() == mx.cpu:  # whose addmm copies the bias to every row first
+        return x @ weight.T + bias
+    return mx.addmm(bias, x, weight.T)
+
+
 def _convolved(
     x: mx.array,
     weight: mx.array,
@@ -161,6 +184,15 @@ def _convolved(
         return mx.conv2d(x, weight, stride, padding, groups=groups)
     parts = (x[i : i + size] for i in range(0, len(x), size))
     return mx.concatenate([mx.conv2d(x, weight, stride, padding, groups=groups) for x in parts])
+
+
+def spatial_mean(x: mx.array) -> mx.array:
+    """The mean over the pixels of each image: (B, H, W, C) -> (B, 1, 1, C)."""
+    if use_cpu_kernels([x]):  # the BLAS adds in several sums, on every core
+        B, H, W, C = x.shape
+        return (mx.full((1, H * W), 1 / (H * W)) @ x.reshape(B, H * W, C)).reshape(B, 1, 1, C)
+    # In two steps: MLX's CPU adds one by one, and what rounding costs grows with a sum's length.
+    return x.mean(axis=2, keepdims=True).mean(axis=1, keepdims=True)
 
 
 def max_pool(x: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
@@ -220,6 +252,8 @@ def _of_values(kernel: Kernel, exact: Kernel) -> Kernel:
 
 def _differentiable(kernel: Kernel, exact: Kernel) -> Kernel:
     """`kernel`, with the derivatives of `exact`, which computes the same."""
+    if getattr(_here, "without_gradients", False):
+        return kernel
     function: Any = mx.custom_function(kernel)
 
     @function.vjp

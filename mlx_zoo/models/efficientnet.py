@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zoo.backend.ops import spatial_mean
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
     Conv2d,
@@ -21,7 +22,6 @@ from mlx_zoo.models.layers import (
     check_choice,
     check_count,
     other_channels,
-    spatial_mean,
 )
 
 # How much a side of an image grows, half of it at either end and the odd pixel at the far one.

@@ -173,14 +173,6 @@ class DropPath(nn.Module):
         return mx.where(kept, x / max(1 - self.p, 1e-12), 0)
 
 
-def spatial_mean(x: mx.array) -> mx.array:
-    """(B, H, W, C) -> (B, 1, 1, C).
-
-    In two steps: the CPU adds one by one, and what rounding costs grows with the length of a sum.
-    """
-    return x.mean(axis=2, keepdims=True).mean(axis=1, keepdims=True)
-
-
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in (choices := list(choices)):

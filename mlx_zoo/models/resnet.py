@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zoo.backend.ops import spatial_mean
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
     Conv2d,
@@ -26,7 +27,6 @@ from mlx_zoo.models.layers import (
     check_choice,
     check_count,
     other_channels,
-    spatial_mean,
 )
 
 

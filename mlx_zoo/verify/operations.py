@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_zoo.backend import ops
 from mlx_zoo.models import layers, resnet, vit
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -840,7 +841,7 @@ row(
 )
 row(
     "spatial_mean",
-    layers.spatial_mean,
+    ops.spatial_mean,
     case(uniform(0, 1, 2, 112, 112, 5)),
     case(normal(2, 7, 7, 64)),
     case(normal(1, 9, 4, 3, mean=10)),
