@@ -11,8 +11,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -33,19 +33,14 @@ WORK: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-@contextmanager
-def everything() -> Iterator[None]:
-    yield
-
-
 def levers(model: nn.Module) -> dict[str, tuple[nn.Module, Callable[[], Any]]]:
     """Each adds to those before it."""
     fast = mlx_zoo.optimize_for_inference(model)
     return {
         "MLX alone": (model, ops.plain),
-        "+ kernels": (model, everything),
+        "+ kernels": (model, nullcontext),
         "+ fused layers": (fast, lanes.single),
-        "+ batch divided": (fast, everything),
+        "+ batch divided": (fast, nullcontext),
     }
 
 

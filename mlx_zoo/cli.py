@@ -757,6 +757,8 @@ def benchmark(name: str, as_json: bool, plot: Path | None, **chosen: Any) -> Non
     """Time a network beside its PyTorch original, in alternating rounds; random weights serve."""
     from mlx_zoo.benchmark import benchmark as run
 
+    if plot and not plot.expanduser().absolute().parent.is_dir():  # before the work, not after it
+        raise click.UsageError(f"--plot {plot}: there is no such folder")
     with Console(stderr=True).status("") as status:
         result = run(name, begin=lambda what: status.update(f"now {what}"), **chosen)
     if as_json:

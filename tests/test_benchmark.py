@@ -5,11 +5,13 @@ Nothing here asserts a time.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from contextlib import ExitStack
@@ -245,6 +247,37 @@ def test_a_worker_that_fails_is_an_error(body, said, tmp_path, monkeypatch, chil
         worker.close()
 
 
+def test_a_worker_does_not_inherit_what_importing_us_sets(tmp_path, monkeypatch, children):
+    """Else PyTorch's MKL and mlx-lm's CUDA would run as we have ours run."""
+    code = (
+        "import json, os; before = {**os.environ}; import mlx_zoo.benchmark\n"
+        "print(json.dumps({k: v for k, v in os.environ.items() if before.get(k) != v}))"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in processes.OURS}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
+    chosen = json.loads(done.stdout)
+    assert chosen
+    assert chosen.items() <= processes.OURS.items()
+
+    said = "print(json.dumps({k: os.environ.get(k) for k in " + repr([*chosen]) + "}), flush=True)"
+    for value, seen in ((None, None), ("its user's", "its user's")):
+        for name, own in chosen.items():
+            monkeypatch.setenv(name, value or own)
+        worker = fake(tmp_path, monkeypatch, said)
+        assert worker.ask("round") == dict.fromkeys(chosen, seen)
+        worker.close()
+
+
+def test_a_run_that_fails_leaves_the_garbage_collector_on():
+    worker = workers.Worker()
+    results = iter([None, None])
+    worker.run = lambda: next(results)
+    with pytest.raises(StopIteration):
+        worker.round({"runs": 5, "seconds": 0})
+    assert gc.isenabled()
+
+
 def test_a_worker_ends_with_its_parent(children):
     worker = Process("the worker", 1)
     worker.child.stdin.close()  # as the system does when the parent is no more
@@ -405,6 +438,8 @@ def test_a_busy_machine_is_noted(monkeypatch, children):
         ({"batch": 0}, "batch=0"),
         ({"rounds": 0}, "rounds=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"dtype": []}, "dtype=None"),
+        ({"new_tokens": 1}, "new_tokens=1: .*after the first"),
         ({"compare": ["eager", "jax"]}, "compare='jax'"),
         ({"length": 5}, "takes images"),
         ({"sweep": "length"}, "takes images"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import mlx.core as mx
@@ -319,3 +320,79 @@ def test_pipelines_optimise_and_can_be_told_not_to():
     assert mlx_zoo.pipeline(name, model).model.original is model
     assert mlx_zoo.pipeline(name, model, optimize=False).model is model
     assert isinstance(mlx_zoo.pipeline(name, "resnet_digits").model, Optimized)
+
+
+def test_threads_that_call_at_once_leave_the_blas_as_it_was(monkeypatch):
+    """The second has counted the threads before the first tells the BLAS to use one."""
+    threads = [2]  # as a BLAS has them
+    controls = (lambda: threads[0], lambda count: threads.__setitem__(0, count))
+    monkeypatch.setattr(lanes, "_controls", lambda: controls)
+    monkeypatch.setattr(lanes, "_num_lanes", lambda arrays: 2)
+    inside, go_on, ended = (threading.Event() for _ in range(3))
+
+    def slow(owner, x):
+        inside.set()
+        assert go_on.wait(30)
+        return x + 1
+
+    def slower(owner, x):
+        assert ended.wait(30)
+        return x + 1
+
+    def call(function):
+        with mx.stream(mx.new_stream(mx.cpu)):
+            lanes.divided(function, nn.Identity(), mx.ones((2, 3)))
+
+    first, second = (threading.Thread(target=call, args=(how,)) for how in (slow, slower))
+    first.start()
+    assert inside.wait(30)
+    second.start()
+    second.join(0.5)  # it has begun
+    go_on.set()
+    first.join(30)
+    ended.set()
+    second.join(30)
+    assert threads == [2]
+
+
+def test_what_the_original_shares_may_be_changed_in_place(two_threads):
+    model = mlx_zoo.load("resnet_digits", pretrained=True)
+    fast, images = optimize_for_inference(model), mx.random.normal((4, 32, 32, 1))
+    model.fc.bias += 1  # lazily, on this thread's stream
+    assert alike(fast(images), model(images))
+
+
+def test_who_computes_meanwhile_finds_every_layer(monkeypatch):
+    """Another thread's call makes the network anew, as its original has other weights."""
+    model = mlx_zoo.load("resnet_digits", pretrained=True)
+    fast = optimize_for_inference(model)
+    removed = []
+    monkeypatch.setattr(type(fast), "clear", lambda self: removed.append(self), raising=False)
+    model.fc.bias = model.fc.bias + 1
+    fast(mx.random.normal((1, 32, 32, 1)))
+    assert not removed
+
+
+def test_it_can_be_exported_as_a_function(tmp_path, two_threads):
+    model = mlx_zoo.load("resnet_digits", pretrained=True)
+    fast, images = optimize_for_inference(model), mx.random.normal((4, 32, 32, 1))
+    mx.export_function(str(tmp_path / "f.mlxfn"), fast, images)
+    (found,) = mx.import_function(str(tmp_path / "f.mlxfn"))(images)
+    assert alike(found, model(images))
+
+
+def test_errors_speak_of_what_was_given(two_threads):
+    fast = optimize_for_inference(mlx_zoo.load("resnet_digits", pretrained=True))
+    with pytest.raises(ValueError, match=r"\(4, 1, 32, 32\)"):
+        fast(mx.zeros((4, 1, 32, 32)))
+
+
+def test_it_can_be_mapped(two_threads):
+    model = mlx_zoo.load("vit_digits", pretrained=True)
+    fast, images = optimize_for_inference(model), mx.random.normal((3, 32, 32, 1))
+    assert alike(mx.vmap(lambda image: fast(image[None])[0])(images), model(images))
+
+
+def test_optimised_networks_of_a_kind_are_of_one_class():
+    one, other = (optimize_for_inference(mlx_zoo.load("resnet_digits")) for _ in range(2))
+    assert type(one) is type(other)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mlx_zoo
 from mlx_zoo.backend import cpu, ops
 
 pytestmark = pytest.mark.skipif(
@@ -263,6 +264,19 @@ def test_traced_functions_use_the_operations(used):
     assert largest(many, ops.gelu(arrays[0])) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["vit_digits", "efficientnet_digits", "bert_docs", "gpt2_docs"])
+def test_networks_can_be_exported_as_functions(name, tmp_path):
+    model = mlx_zoo.load(name, pretrained=True)
+    x = mx.random.normal((2, 32, 32, 1)) if "digits" in name else mx.ones((2, 100), mx.int32)
+    path = str(tmp_path / "function.mlxfn")
+    mx.export_function(path, lambda x: first(model(x)), x)
+    assert largest(mx.import_function(path)(x)[0], first(model(x))) < 1e-5
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
 def test_second_derivatives():
     x = mx.random.normal((ops.FEW,))
 
@@ -270,3 +284,67 @@ def test_second_derivatives():
         return mx.grad(lambda x: mx.grad(lambda x: (ops.gelu(x) ** 2).sum())(x).sum())(x)
 
     assert largest(curvature(x), plainly(curvature, x)) < 1e-4
+
+
+# Unusual arrays ---------------------------------------------------------------------------------
+
+
+def of_both(*args, **kwargs):
+    fast = ops.attention(*args, **kwargs)
+    with ops.plain():
+        return fast, ops.attention(*args, **kwargs)
+
+
+def is_close(a, b, bound=1e-5):
+    return mx.abs(a - b).max().item() < bound
+
+
+def heads(*shape):
+    return [mx.random.normal(shape) for _ in range(3)]
+
+
+def odd_arrays():
+    q, k, v = heads(2, 4, 64, 16)
+    yield "rows backwards", (q, k[:, :, ::-1], v[:, :, ::-1])
+    yield "heads backwards", (q[:, ::-1], k[:, ::-1], v)
+    yield "one row for all", (mx.broadcast_to(q[:, :, :1], q.shape), k, v)
+    yield "one key for all", (q, mx.broadcast_to(k[:, :, :1], q.shape), v)
+    yield "one value for all", (q, k, mx.broadcast_to(v[:, :, :1], q.shape))
+    yield "fewer heads of keys", (q, k[:, :2], v[:, :2])
+    yield "heads of one number", heads(2, 16, 64, 1)
+    key, value = (mx.random.normal((2, 4, 16))[:, :, None] for _ in range(2))
+    yield "one key", (mx.random.normal((2, 4, 4096, 16)), key, value)
+
+
+@pytest.mark.parametrize(("name", "arrays"), list(odd_arrays()))
+def test_attention_of_arrays_that_lie_oddly_in_memory(name, arrays):
+    assert is_close(*of_both(*arrays, scale=0.25))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_attention_takes_masks_of_other_types(dtype):
+    assert is_close(
+        *of_both(
+            *heads(2, 4, 64, 16), scale=0.25, mask=mx.random.normal((1, 4, 64, 64)).astype(dtype)
+        )
+    )
+
+
+def test_attention_has_a_gradient_of_its_mask():
+    q, k, v = heads(2, 4, 64, 16)
+    mask = mx.random.normal((1, 4, 64, 64))
+    slope = mx.grad(lambda mask: (ops.attention(q, k, v, scale=0.25, mask=mask) ** 2).sum())
+    fast = slope(mask)
+    with ops.plain():
+        exact = slope(mask)
+    assert mx.abs(exact).max().item() > 0.1
+    assert is_close(fast, exact, 1e-4)
+
+
+def test_plain_ends_with_the_last_of_them():
+    first, second = ops.plain(), ops.plain()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not ops.is_enabled()
+    second.__exit__(None, None, None)
+    assert ops.is_enabled()

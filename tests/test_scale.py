@@ -369,6 +369,34 @@ def test_one_at_a_time(folder, tmp_path):
     assert answer_all(classify(), folder, tmp_path / "out.jsonl").num_failed == 0
 
 
+def test_who_comes_as_another_leaves_does_not_write_into_nothing(tmp_path, monkeypatch):
+    """The file is removed between its opening and its lock."""
+    part, flock = tmp_path / "out.jsonl.part-0", fcntl.flock
+
+    def late(file, how):
+        part.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        pytest.raises(MLXZooError, match="another process is still at it"),
+        Part(tmp_path / "out.jsonl", 0),
+    ):
+        pytest.fail("it holds a file that is gone")
+
+
+def test_an_image_that_was_exchanged_for_one_of_its_size_is_other_work(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out.jsonl"
+    images.mkdir()
+    for colour in (10, 200):
+        Image.new("L", (32, 32), colour).save(images / "1.bmp")
+        os.utime(images / "1.bmp", (colour, colour))
+        if colour == 10:
+            answer_all(classify(), images, out)
+    with pytest.raises(MLXZooError, match=r"other work .*inputs"):
+        answer_all(classify(), images, out)
+
+
 def test_texts_that_change_meanwhile(sentences, tmp_path, monkeypatch):
     file = tmp_path / "texts.txt"
     shutil.copy(sentences, file)

@@ -79,6 +79,7 @@ def silu(x: mx.array, beta: float = 1.0) -> mx.array:
     return y
 
 
+@quiet
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
@@ -223,11 +224,11 @@ def _over_one_plus_exp(x: np.ndarray, out: np.ndarray) -> None:
 
 def _products(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
     """a[h] b[h] for every head h, into out[h]: MKL divides the heads among its threads."""
-    if not _mkl():
-        np.matmul(a, b, out=out)
-        return
     is_transposed = b.strides[2] != b.itemsize
     stored = (a, b.swapaxes(1, 2) if is_transposed else b, out)
+    if not (_mkl() and all(map(_has_rows, stored))):
+        np.matmul(a, b, out=out)
+        return
     sizes = map(ctypes.c_int, (a.shape[1], b.shape[2], a.shape[2]))
     places = [
         (ctypes.c_void_p(x.ctypes.data), ctypes.c_int(x.strides[1] // 4), x.strides[0] // 4)
@@ -238,6 +239,15 @@ def _products(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         *(MKL_ROW_MAJOR, MKL_NO_TRANS, MKL_TRANS if is_transposed else MKL_NO_TRANS),
         *(*sizes, ctypes.c_float(1), *a_place, *b_place, ctypes.c_float(0), *out_place, count),
     )
+
+
+def _has_rows(x: np.ndarray) -> bool:
+    """Whether the BLAS takes x (heads, rows, columns): one row after the other, each in one piece.
+
+    It writes a line to standard error, and nothing into the result, where that is not so.
+    """
+    head, row, one = x.strides
+    return one == x.itemsize and row >= x.shape[2] * x.itemsize and head >= 0
 
 
 def _vector(function: str, *vectors: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from mlx_zoo.backend import lanes, ops
 # The methods of a network that take a batch and give a batch.
 BATCHED = ("__call__", "features", "forward_intermediates", "encode")
 STEPWISE = ("next_logits",)  # with a cache of what came before
+
+_following = threading.Lock()
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -30,9 +33,10 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
             that are not changed.
 
     Returns:
-        A network of the same class. Its `.original` is `model`, which it follows: where that has
-        other weights later, so has this one. It has nothing to train, and cannot be changed by
-        itself.
+        A network of the same class. Its `.original` is `model`, which it follows: where layers or
+        weights of that are assigned anew, as optimisers do, this one has them, too. (What MLX
+        changes in place, as `weight += 1`, it does not see.) It has nothing to train and no
+        gradients; to change it, change its original.
 
     Raises:
         ValueError: a network in training mode, where statistics move and dropout is at work.
@@ -67,6 +71,7 @@ def _refusal(what: str) -> str:
     return f"this network is optimised for inference and cannot be {what}: take its .original"
 
 
+@functools.cache
 def _optimized(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of an optimised network of class `kind`."""
     own = {name: getattr(kind, name) for name in (*BATCHED, *STEPWISE) if hasattr(kind, name)}
@@ -75,7 +80,7 @@ def _optimized(kind: type[nn.Module]) -> type[nn.Module]:
         for name, method in own.items()
     }
     methods |= {name: _refuse for name in dir(kind) if name.startswith("reset_")}
-    return type(kind.__name__, (Optimized, kind), methods)
+    return type(kind.__name__, (Optimized, kind), {"__module__": kind.__module__, **methods})
 
 
 def _refuse(self, *args: Any, **kwargs: Any) -> None:
@@ -128,7 +133,8 @@ def _guarded(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     guarded.vjp(refuse)
     guarded.jvp(refuse)
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, mx.array)]
-    if not given:  # NumPy's arrays, or lists
+    # On a GPU nothing is waited for: what is traced there is guarded, too.
+    if not given or (mx.default_device() == mx.cpu and not ops.have_values(given)):
         return function(*args, **kwargs)
     outputs = guarded(*given)
     return _refilled(result, iter(outputs))
@@ -153,13 +159,21 @@ def _refilled(value: Any, arrays: Iterator[mx.array]) -> Any:
 
 def _follow(fast: nn.Module) -> None:
     """Make a network anew where its original has other weights, or other layers, than it had."""
-    now = _leaves(fast.original)
-    if len(now) == len(fast._made_of) and all(map(operator.is_, now, fast._made_of)):
+    if _is_current(fast):
         return
-    anew = _fused(fast.original)
-    fast.clear()
-    dict.update(fast, anew)
-    vars(fast).update(vars(anew))
+    with _following:  # another thread may be computing with it, and never finds a layer missing
+        if _is_current(fast):
+            return
+        anew = _fused(fast.original)
+        dict.update(fast, anew)
+        for name in fast.keys() - anew.keys():
+            del fast[name]
+        vars(fast).update(vars(anew))
+
+
+def _is_current(fast: nn.Module) -> bool:
+    now, then = _leaves(fast.original), fast._made_of
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _fused(model: nn.Module) -> nn.Module:

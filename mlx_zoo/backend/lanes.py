@@ -22,18 +22,21 @@ from mlx_zoo.backend import ops
 from mlx_zoo.backend.blas import load_fast_blas
 
 _here = threading.local()  # .stream: of this thread, where it is a lane
-_enabled = True
+_num_single, _counting = 0, threading.Lock()  # of `single()`, in all threads
+_cores = threading.Lock()  # held by the one call that is divided
 
 
 @contextmanager
 def single() -> Iterator[None]:
     """For a while, no batch is divided."""
-    global _enabled
-    before, _enabled = _enabled, False
+    global _num_single
+    with _counting:
+        _num_single += 1
     try:
         yield
     finally:
-        _enabled = before
+        with _counting:
+            _num_single -= 1
 
 
 def is_lane() -> bool:
@@ -49,11 +52,8 @@ def divided(function: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any)
     """
     arrays = [x for x in (*args, *kwargs.values()) if x is not None]
     count = _num_lanes(arrays)
-    if count < 2:
-        return function(owner, *args, **kwargs)
-    try:
-        mx.eval(arrays)
-    except ValueError:  # being traced
+    # A thread cannot evaluate what belongs to another's stream: the weights, too, must be there.
+    if count < 2 or not ops.have_values(arrays, owner):
         return function(owner, *args, **kwargs)
 
     def run(part: slice) -> Any:
@@ -69,14 +69,22 @@ def divided(function: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any)
     B = arrays[0].shape[0]
     bounds = [B * i // count for i in range(count + 1)]
     parts = [slice(a, b) for a, b in pairwise(bounds)]
-    with _blas_threads(_threads() // count):
-        return _joined(list(_pool(count).map(run, parts)))
+    if not _cores.acquire(blocking=False):  # another thread of the caller's has them
+        return function(owner, *args, **kwargs)
+    try:
+        with _blas_threads(_threads() // count):
+            return _joined(list(_pool(count).map(run, parts)))
+    except ValueError:  # of a part's shape: the whole one's says what was given
+        return function(owner, *args, **kwargs)
+    finally:
+        _cores.release()
 
 
 def _num_lanes(arrays: list[Any]) -> int:
     """Into how many parts to divide a call with these arguments."""
     if (
-        not (_enabled and ops.is_enabled())
+        _num_single
+        or not ops.is_enabled()
         or is_lane()
         or not arrays
         or mx.default_device() != mx.cpu

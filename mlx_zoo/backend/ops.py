@@ -35,18 +35,21 @@ IM2COL_BYTES = 2**24  # of the patches that a convolution on the CPU lays out at
 os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 _here = threading.local()  # .without_gradients: whether this thread computes values alone
-_enabled = os.environ.get("MLX_ZOO_KERNELS", "").strip().lower() != "off"
+_wanted = os.environ.get("MLX_ZOO_KERNELS", "").strip().lower() != "off"
+_num_plain, _counting = 0, threading.Lock()  # of `plain()`, in all threads: the last one ends it
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """For a while, MLX's own operations alone, in every thread."""
-    global _enabled
-    before, _enabled = _enabled, False
+    global _num_plain
+    with _counting:
+        _num_plain += 1
     try:
         yield
     finally:
-        _enabled = before
+        with _counting:
+            _num_plain -= 1
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def without_gradients() -> Iterator[None]:
 
 def is_enabled() -> bool:
     """Whether anything but MLX's own operations may be used."""
-    return _enabled
+    return _wanted and not _num_plain
 
 
 # Operations -------------------------------------------------------------------------------------
@@ -108,23 +111,29 @@ def attention(
     before them.
     """
 
-    def exact(q, k, v):
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    arrays, visible = [q, k, v], mask
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:  # it may have gradients, too
+        arrays, visible = [*arrays, mask.astype(q.dtype)], None
 
-    def on_cpu(q, k, v):
-        added = mask
-        if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
-            added = mx.where(mask, 0, mx.finfo(q.dtype).min / 2)
+    def exact(q, k, v, added=visible):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=added)
+
+    def on_cpu(q, k, v, added=visible):
+        if isinstance(added, mx.array) and added.dtype == mx.bool_:
+            added = mx.where(added, 0, mx.finfo(q.dtype).min / 2)
         return cpu.attention(q, k, v, scale, added)
 
-    def on_cuda(q, k, v):
-        return cuda.attention(q, k, v, scale, mask)
+    def on_cuda(q, k, v, added=visible):
+        return cuda.attention(q, k, v, scale, added)
 
-    is_large = math.prod(q.shape[:3]) * k.shape[2] >= FEW_SCORES
+    (_, heads, N, _), M = q.shape, k.shape[2]
+    is_large = math.prod(q.shape[:3]) * M >= FEW_SCORES
+    is_usual = heads == k.shape[1] and k.shape == v.shape
+    is_usual = is_usual and (N <= M or not isinstance(mask, str))
     return _fastest(
         exact,
-        *(q, k, v),
-        on_cpu=on_cpu if is_large else None,
+        *arrays,
+        on_cpu=on_cpu if is_large and is_usual else None,
         on_cuda=on_cuda if cuda.attends(q, k, v, mask) else None,
     )
 
@@ -148,7 +157,8 @@ def conv2d(
         return x if bias is None else x + bias
 
     is_square = all(first == second for first, second in (kernel_size, stride, padding))
-    if not (is_square and 1 < groups == num_filters == x.shape[-1]):
+    is_depthwise = 1 < groups == num_filters == x.shape[-1] and weight.shape[-1] == 1
+    if not (is_square and is_depthwise):
         return exact(x, weight, bias)
     # Depthwise: each channel has a kernel of its own.
     on_cuda = partial(cuda.depthwise, stride=stride[0], padding=padding[0])
@@ -180,7 +190,7 @@ def _convolved(
     num_pixels = math.prod(x.shape[1:3]) // math.prod(stride)
     patches = num_pixels * math.prod(weight.shape[1:3]) * x.shape[-1]
     size = max(1, IM2COL_BYTES // max(1, patches * x.dtype.size))
-    if not _enabled or len(x) <= size or mx.default_device() != mx.cpu:
+    if not is_enabled() or len(x) <= size or mx.default_device() != mx.cpu:
         return mx.conv2d(x, weight, stride, padding, groups=groups)
     parts = (x[i : i + size] for i in range(0, len(x), size))
     return mx.concatenate([mx.conv2d(x, weight, stride, padding, groups=groups) for x in parts])
@@ -213,41 +223,37 @@ def _fastest(
     """What `exact` computes of the arrays, by a kernel where one is given for them and pays."""
     if on_cuda and use_cuda_kernels(arrays):
         return _differentiable(on_cuda, exact)(*arrays)
-    if on_cpu and arrays[0].size >= FEW and use_cpu_kernels(arrays):
-        return _differentiable(_of_values(on_cpu, exact), exact)(*arrays)
+    if on_cpu and arrays[0].size >= FEW and use_cpu_kernels(arrays) and have_values(*arrays):
+        return _differentiable(on_cpu, exact)(*arrays)
     return exact(*arrays)
 
 
 def use_cuda_kernels(arrays: Iterable[mx.array]) -> bool:
     """Whether kernels for these are on, and CUDA's: of one floating type."""
     dtypes = {x.dtype for x in arrays}
-    return _enabled and len(dtypes) == 1 and dtypes <= {*cuda.DTYPES} and cuda.available()
+    return is_enabled() and len(dtypes) == 1 and dtypes <= {*cuda.DTYPES} and cuda.available()
 
 
 def use_cpu_kernels(arrays: Iterable[mx.array]) -> bool:
     """Whether kernels for these are on, and the CPU's. (macOS has vector functions of its own.)"""
     return (
-        _enabled
+        is_enabled()
         and sys.platform == "linux"
         and mx.default_device() == mx.cpu
         and all(x.dtype == mx.float32 for x in arrays)
     )
 
 
-def _of_values(kernel: Kernel, exact: Kernel) -> Kernel:
-    """`kernel`, which needs the values of arrays; `exact` where there are none.
+def have_values(*arrays: Any) -> bool:
+    """Whether there is something to compute with, and compute it.
 
-    That is while a function is being traced (mx.compile, mx.vmap, mx.export_function).
+    There is nothing while a function is traced (mx.compile, mx.vmap, mx.export_function).
     """
-
-    def forward(*arrays: mx.array) -> mx.array:
-        try:
-            mx.eval(*arrays)
-        except ValueError:
-            return exact(*arrays)
-        return kernel(*arrays)
-
-    return forward
+    try:
+        mx.eval(*arrays)
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def _differentiable(kernel: Kernel, exact: Kernel) -> Kernel:

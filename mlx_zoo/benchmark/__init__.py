@@ -82,7 +82,7 @@ def benchmark(
             "compiled", "channels-last"; "mlx-lm"; "none". None: "torch" where it is installed.
         task: which head, for text networks.
         phases: of "forward", "prefill" and "decode"; None for what the network is used for.
-        new_tokens: how many are decoded in a run.
+        new_tokens: how many are decoded in a run, from 2 on: the time is of those after the first.
         rounds: how often every contestant has its turn.
         seconds: how long a turn lasts, at least; it has three runs or more.
         optimize: measure the network optimised for inference as well.
@@ -105,6 +105,8 @@ def benchmark(
     _check("dtype", dtypes, ("float32", "float16", "bfloat16"))
     _check_counts(batch=batches, rounds=[rounds], new_tokens=[new_tokens])
     _check_counts(length=[length or 1], threads=[threads or 1])
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens={new_tokens}: the time is of those after the first")
     if sweep is not None:
         _check("sweep", [sweep], tuple(SWEEP_LIMITS))
     if length is not None and architecture.inputs == "images":
@@ -167,7 +169,7 @@ def benchmark(
 
 
 def _check(name: str, values: Iterable[Any], known: Sequence[str]) -> None:
-    for value in values:
+    for value in [*values] or [None]:
         if value not in known:
             raise ValueError(f"{name}={value!r}: one of {', '.join(known)} is needed")
 
@@ -236,7 +238,7 @@ def _contestants(
         own_options = {k: v for k, v in options.items() if k != "img_size"}
     own = {"name": name, "options": own_options}
     found, notes = [Contestant(OURS[0], "mlx_zoo", "plain", own)], []
-    if optimize and find_spec("mlx_zoo.backend.inference"):
+    if optimize:
         found.append(Contestant(OURS[1], "mlx_zoo", "optimised", own))
     if compare is None:
         compare = "torch" if find_spec("torch") else "none"

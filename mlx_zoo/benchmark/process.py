@@ -18,6 +18,9 @@ from mlx_zoo.errors import MLXZooError
 WORKER = Path(__file__).with_name("worker.py")
 # By its path, so that no package of ours is imported; with the parent's own search path.
 BOOT = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_path({file!r}, run_name='__main__')"
+# What importing mlx_zoo sets for this process (`backend.blas`, `backend.ops`). A worker of ours
+# sets it itself; the others are measured as their own users have them.
+OURS = {"MKL_CBWR": "AUTO,STRICT", "MLX_USE_CUDA_GRAPHS": "0"}
 LIMIT = 900.0  # seconds for an answer: a network that is compiled takes minutes
 
 
@@ -35,15 +38,14 @@ class Process:
     Args:
         name: for messages.
         threads: of every library in it.
-        environment: on top of this process's own.
     """
 
-    def __init__(self, name: str, threads: int, environment: dict[str, str] | None = None):
+    def __init__(self, name: str, threads: int):
         self.name = name
         self.answers: queue.Queue[str] = queue.Queue()
         self.errors = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115
-        count = str(threads)
         counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        inherited = {k: v for k, v in os.environ.items() if OURS.get(k) != v}
         self.child = subprocess.Popen(
             [sys.executable, "-c", BOOT.format(path=sys.path, file=str(WORKER))],
             stdin=subprocess.PIPE,
@@ -51,7 +53,7 @@ class Process:
             stderr=self.errors,
             text=True,
             bufsize=1,
-            env={**os.environ, **dict.fromkeys(counts, count), **(environment or {})},
+            env={**inherited, **dict.fromkeys(counts, str(threads))},
         )
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()

@@ -112,7 +112,7 @@ class Loading:
     contestant: str
     seconds: Mapping[str, float]  # how -> how long
     bytes: int  # of the checkpoint
-    grown: int | None = None  # bytes of memory at most, on top of what the process had
+    grown: int | None = None  # bytes of memory at most, on top of what there was: the first way
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

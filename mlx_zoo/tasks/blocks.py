@@ -45,9 +45,12 @@ class Part:
         self.file = self.path.open("ab", buffering=0)  # what could not be written is not kept
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            is_ours = os.fstat(self.file.fileno()).st_nlink > 0  # who had it may just have left
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours:
             self.file.close()
-            raise MLXZooError(f"{self.output}: another process is still at it") from error
+            raise MLXZooError(f"{self.output}: another process is still at it")
         whole = max((block.offset + block.size for block in read_blocks(self.path)), default=0)
         self.file.truncate(whole)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,7 +22,7 @@ class Folder:
 
     path: Path
     names: tuple[str, ...]  # relative to the folder
-    digest: str  # of names and sizes
+    digest: str  # of names, sizes, and when each was last written
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Folder:
@@ -33,7 +34,7 @@ class Folder:
         def refuse(error: OSError) -> None:
             raise error
 
-        sizes: dict[str, int | None] = {}
+        states: dict[str, tuple[int, int] | None] = {}
         for place, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in files:
@@ -43,14 +44,15 @@ class Folder:
                 try:
                     found = file.stat()
                 except OSError:  # a link to nowhere: it will fail, and be told of
-                    sizes[file.relative_to(folder).as_posix()] = None
+                    states[file.relative_to(folder).as_posix()] = None
                     continue
                 if stat.S_ISREG(found.st_mode):  # a pipe would wait for a writer
-                    sizes[file.relative_to(folder).as_posix()] = found.st_size
-        if not sizes:
+                    state = found.st_size, found.st_mtime_ns
+                    states[file.relative_to(folder).as_posix()] = state
+        if not states:
             raise ValueError(f"{folder}: no image is there, by its name ({', '.join(SUFFIXES)})")
-        names = sorted(sizes)
-        text = json.dumps([(name, sizes[name]) for name in names])
+        names = sorted(states)
+        text = json.dumps([(name, states[name]) for name in names])
         return cls(folder, tuple(names), sha256(text.encode()).hexdigest())
 
     @property
@@ -102,8 +104,10 @@ class Lines:
         """Raises MLXZooError in the end, where the file was changed meanwhile."""
         digest = sha256()
         with self.path.open("rb") as file:
-            for line in file:
+            for i, line in enumerate(file):
                 digest.update(line)
+                if i == 0:
+                    line = line.removeprefix(BOM_UTF8)  # as Windows' editors begin a file
                 # What is not UTF-8 becomes what no pipeline takes for text.
                 yield line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="surrogateescape")
         if digest.hexdigest() != self.digest:
