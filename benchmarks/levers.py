@@ -15,14 +15,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import mlx_zoo  # before MLX, for its BLAS
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-import mlx_zoo
 from mlx_zoo.backend import lanes, ops
 
-ROUNDS = 5
+ROUNDS = 3
 # Name -> the shapes of its inputs.
 WORK: dict[str, list[tuple[int, ...]]] = {
     "resnet50": [(1, 224, 224, 3), (8, 224, 224, 3)],
