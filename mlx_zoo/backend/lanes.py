@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -22,21 +22,13 @@ from mlx_zoo.backend import ops
 from mlx_zoo.backend.blas import load_fast_blas
 
 _here = threading.local()  # .stream: of this thread, where it is a lane
-_num_single, _counting = 0, threading.Lock()  # of `single()`, in all threads
+_no_lanes = ops.Suspension()
 _cores = threading.Lock()  # held by the one call that is divided
 
 
-@contextmanager
-def single() -> Iterator[None]:
+def single() -> AbstractContextManager[None]:
     """For a while, no batch is divided."""
-    global _num_single
-    with _counting:
-        _num_single += 1
-    try:
-        yield
-    finally:
-        with _counting:
-            _num_single -= 1
+    return _no_lanes.held()
 
 
 def is_lane() -> bool:
@@ -83,7 +75,7 @@ def divided(function: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any)
 def _num_lanes(arrays: list[Any]) -> int:
     """Into how many parts to divide a call with these arguments."""
     if (
-        _num_single
+        _no_lanes.count
         or not ops.is_enabled()
         or is_lane()
         or not arrays

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,20 +36,32 @@ os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 _here = threading.local()  # .without_gradients: whether this thread computes values alone
 _wanted = os.environ.get("MLX_ZOO_KERNELS", "").strip().lower() != "off"
-_num_plain, _counting = 0, threading.Lock()  # of `plain()`, in all threads: the last one ends it
 
 
-@contextmanager
-def plain() -> Iterator[None]:
+class Suspension:
+    """What does not happen while anyone, in any thread, asks so: `with it.held():`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.counting = threading.Lock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self.counting:
+            self.count += 1
+        try:
+            yield
+        finally:
+            with self.counting:
+                self.count -= 1
+
+
+_no_kernels = Suspension()
+
+
+def plain() -> AbstractContextManager[None]:
     """For a while, MLX's own operations alone, in every thread."""
-    global _num_plain
-    with _counting:
-        _num_plain += 1
-    try:
-        yield
-    finally:
-        with _counting:
-            _num_plain -= 1
+    return _no_kernels.held()
 
 
 @contextmanager
@@ -68,7 +80,7 @@ def without_gradients() -> Iterator[None]:
 
 def is_enabled() -> bool:
     """Whether anything but MLX's own operations may be used."""
-    return _wanted and not _num_plain
+    return _wanted and not _no_kernels.count
 
 
 # Operations -------------------------------------------------------------------------------------
