@@ -58,6 +58,7 @@ class Checkpoint:
     labels: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     default: bool = False  # what the bare name of the variant means
+    base_model: str | None = None  # the checkpoint that was fine-tuned
 
     @property
     def variant(self) -> str:
@@ -102,8 +103,14 @@ class Architecture:
     default_task: str | None = None  # what load() gives where no task is asked for
     model_types: tuple[str, ...] = ()  # in transformers' config.json
     read_config: Callable[[Mapping[str, Any]], Any] = lambda config: None  # config.json -> config
+    # The way back, with model_type and the class; ValueError where transformers has no such one.
+    write_config: Callable[[Any], dict[str, Any]] = lambda config: {}
+    # Tensors that the class has for a second time: tied to others, or never used.
+    twins: Callable[[Any], tuple[str, ...]] = lambda config: ()
     classes: Mapping[str, str | None] = field(default_factory=dict)  # transformers' -> task
     timm_args: Mapping[str, str] = field(default_factory=dict)  # timm's argument -> config's field
+    # What follows from them: (the variant's config, the one with the arguments) -> config.
+    timm_derives: Callable[[Any, Any], Any] = lambda published, config: config
     # What a repository's other files say: which are wanted next, given those in hand; and
     # the config as they complete it.
     files: Callable[[Any, Mapping[str, Path]], tuple[str, ...]] = lambda config, files: ()

@@ -98,14 +98,27 @@ def to_mlx(state_dict: StateDict, model: nn.Module, spec: Spec) -> dict[str, mx.
     return weights
 
 
-def to_torch(weights: StateDict, model: nn.Module, spec: Spec) -> dict[str, mx.array]:
-    """The PyTorch state dict of `model`'s parameters `weights`: upstream's names and layout."""
-    table = links(model, spec)
-    prefixed = any(_is_head(link.source, spec) for link in table)
-    return {
-        _with_prefix(link.source, spec) if prefixed else link.source: link.to_torch(weights)
-        for link in table
-    }
+def to_torch(
+    weights: StateDict, model: nn.Module, spec: Spec, twins: Iterable[str] = ()
+) -> dict[str, mx.array]:
+    """The PyTorch state dict of `model`'s parameters `weights`: upstream's names and layout.
+
+    `twins` are tied and spare tensors, without the prefix, that are to be written as well.
+    """
+    state = {link.source: link.to_torch(weights) for link in links(model, spec)}
+    for name in twins:
+        state[name] = state[_twin(name, spec) or spec.spare[name]]
+    prefixed = any(_is_head(source, spec) for source in state)
+    return {_with_prefix(name, spec) if prefixed else name: x for name, x in state.items()}
+
+
+def batch_counters(state: StateDict) -> dict[str, mx.array]:
+    """The buffer that PyTorch's BatchNorms have beside their statistics: batches seen, 0.
+
+    It is read where `momentum=None` alone, but load_state_dict(strict=True) wants it.
+    """
+    norms = (name.removesuffix("running_mean") for name in state if name.endswith(".running_mean"))
+    return {f"{norm}num_batches_tracked": mx.array(0, mx.int64) for norm in norms}
 
 
 def mismatches(state_dict: StateDict, model: nn.Module, spec: Spec) -> tuple[str, ...]:

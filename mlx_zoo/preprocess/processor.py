@@ -1,4 +1,4 @@
-"""transformers' preprocessor_config.json -> Preprocessing. Defaults are those of transformers 5."""
+"""transformers' preprocessor_config.json <-> Preprocessing. Defaults are transformers 5's."""
 
 from __future__ import annotations
 
@@ -100,6 +100,34 @@ def read_processor(config: Mapping[str, Any], model_type: str | None = None) -> 
         std=std,
         floor_crop=True,
     )
+
+
+def write_processor(how: Preprocessing) -> dict[str, Any] | None:
+    """The inverse of `read_processor`, but for `test_size`; None where no class does this."""
+    common = {
+        "do_resize": True,
+        "resample": next(n for n, name in RESAMPLE.items() if name == how.interpolation),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(how.mean),
+        "image_std": list(how.std),
+    }
+    crop = {"do_center_crop": True, "crop_size": _height_width(how.size)}
+    if how.crop_mode == "center" and isinstance(how.resize, int):
+        size = {"shortest_edge": how.resize}
+        return {"image_processor_type": "CLIPImageProcessor", "size": size, **crop, **common}
+    if how.crop_mode != "squash":
+        return None
+    size = _height_width(how.resize)
+    if how.size == how.resize:
+        return {"image_processor_type": "ViTImageProcessor", "size": size, **common}
+    return {"image_processor_type": "DeiTImageProcessor", "size": size, **crop, **common}
+
+
+def _height_width(size: Size) -> dict[str, int]:
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return {"height": height, "width": width}
 
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:

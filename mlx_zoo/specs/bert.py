@@ -108,6 +108,7 @@ ATTRIBUTES = {
     "intermediate_size": "mlp_dims",
     "max_position_embeddings": "max_positions",
     "type_vocab_size": "type_vocab_size",
+    "pad_token_id": "padding_id",
     "layer_norm_eps": "norm_eps",
     "hidden_act": "act",
     "hidden_dropout_prob": "dropout",
@@ -123,6 +124,24 @@ def from_transformers(config: Mapping[str, Any]) -> BertConfig:
     check_attributes(config, ONLY)
     read = {ours: config[theirs] for theirs, ours in ATTRIBUTES.items() if theirs in config}
     return config_from(BertConfig, {**read, "num_classes": num_labels(config)})
+
+
+def to_transformers(config: BertConfig) -> dict[str, Any]:
+    """The inverse of `from_transformers`, and the class of the task."""
+    classes = {task: name for name, task in reversed(CLASSES.items())}  # of several, the first
+    kind = classes.get(config.task, "BertModel")
+    if config.causal and config.task == "fill-mask":
+        kind = "BertLMHeadModel"
+    said = {theirs: getattr(config, ours) for theirs, ours in ATTRIBUTES.items()}
+    return {"model_type": "bert", "architectures": [kind], **said}
+
+
+def twins(config: BertConfig) -> tuple[str, ...]:
+    """What BertForMaskedLM and its like have besides: the decoder, or the bias that it replaced."""
+    if "mlm" not in HEADS[config.task]:
+        return ()
+    decoder = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+    return decoder if config.tied else ("cls.predictions.bias",)
 
 
 def with_sentence_files(config: BertConfig, files: Mapping[str, Path]) -> BertConfig:
@@ -230,7 +249,14 @@ ARCHITECTURE = Architecture(
     },
     model_types=("bert",),
     read_config=from_transformers,
+    write_config=to_transformers,
+    twins=twins,
     classes=CLASSES,
+    common={
+        "transformers": {"tied": True},
+        "transformers, untied": {"tied": False},
+        "transformers, untied, gamma and beta": {"tied": False},
+    },
     files=wanted_files,
     read_files=with_sentence_files,
     parts=lambda config: {d.folder: f"dense.{i}." for i, d in enumerate(config.dense)},

@@ -140,9 +140,16 @@ DEFAULTS: dict[str, Any] = {
     "hidden_dim": 2560,
     "pooling_type": "mean",
     "batch_norm_eps": 1e-3,
+    "batch_norm_momentum": 0.99,
     "dropout_rate": 0.5,
     "drop_connect_rate": 0.2,
 }
+
+
+# In training transformers drops single values, where all others drop an image's whole branch, and
+# does not tell the first norm of a block the momentum. That is the part of the running statistics
+# that is *replaced* in PyTorch, TensorFlow's the part that stays: its 0.99 keeps next to nothing.
+ARITHMETIC: dict[str, Any] = {"drops_values": True, "inner_momentum": 0.1}
 
 
 def from_transformers(config: Mapping[str, Any]) -> EfficientNetConfig:
@@ -195,11 +202,66 @@ def from_transformers(config: Mapping[str, Any]) -> EfficientNetConfig:
         padding="even",
         symmetric_blocks=tuple(said["depthwise_padding"]),
         norm_eps=said["batch_norm_eps"],
+        norm_momentum=said["batch_norm_momentum"],
+        **ARITHMETIC,
         dropout=said["dropout_rate"],
         drop_path=said["drop_connect_rate"],
         num_classes=num_labels(config),
         in_chans=said["num_channels"],
     )
+
+
+COEFFICIENTS = (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 4.3)  # the published widths, B0 to L2
+
+
+def to_transformers(config: EfficientNetConfig) -> dict[str, Any]:
+    """The inverse of `from_transformers`: the widths of B0 and a coefficient, where there is one.
+
+    Raises ValueError for widths that no coefficient gives.
+    """
+    stem_and_head = (config.stem_width, config.head_width)
+    for coefficient in COEFFICIENTS:
+        if (rounded(32 * coefficient), rounded(1280 * coefficient)) == stem_and_head:
+            break
+    else:
+        raise ValueError(
+            f"stem_width, head_width={stem_and_head}: of transformers' networks, which scale "
+            "(32, 1280), none has these"
+        )
+
+    def unscaled(width: int) -> int:
+        candidates = (*DEFAULTS["out_channels"], *range(1, width + 8))
+        return next(x for x in candidates if rounded(x * coefficient) == width)
+
+    stages = config.stages
+    try:
+        given = [unscaled(stage.width) for stage in stages]
+    except StopIteration:
+        widths = tuple(stage.width for stage in stages)
+        raise ValueError(f"widths {widths}: transformers' networks have multiples of 8") from None
+    kind = "EfficientNetForImageClassification" if config.num_classes else "EfficientNetModel"
+    return {
+        "model_type": "efficientnet",
+        "architectures": [kind],
+        "num_channels": config.in_chans,
+        "width_coefficient": coefficient,
+        "depth_coefficient": 1.0,
+        "depth_divisor": 8,
+        "kernel_sizes": [stage.kernel for stage in stages],
+        "in_channels": [32, *given[:-1]],
+        "out_channels": given,
+        "depthwise_padding": list(config.symmetric_blocks),
+        "strides": [stage.stride for stage in stages],
+        "num_block_repeats": [stage.depth for stage in stages],
+        "expand_ratios": [stage.expansion for stage in stages],
+        "squeeze_expansion_ratio": stages[0].squeeze,
+        "hidden_act": config.act,
+        "hidden_dim": config.head_width,
+        "pooling_type": "mean",
+        "batch_norm_eps": config.norm_eps,
+        "dropout_rate": config.dropout,
+        "drop_connect_rate": config.drop_path,
+    }
 
 
 # Checkpoints ------------------------------------------------------------------------------------
@@ -214,7 +276,7 @@ def configured(row: Mapping[str, str]) -> EfficientNetConfig:
     variant = variant_of(row)
     config = replace(EFFICIENTNETS[variant], num_classes=int(row["num_classes"]))
     if row["library"] == "torchvision" and variant in PORTED:
-        return replace(config, norm_eps=1e-3)
+        return replace(config, norm_eps=1e-3, norm_momentum=0.01)
     return config
 
 
@@ -231,7 +293,8 @@ def odd_blocks(config: EfficientNetConfig, size: int) -> Iterator[int]:
 
 def published(name: str, size: int) -> Checkpoint:
     config = EFFICIENTNETS[f"efficientnet_{name}"]
-    config = replace(config, act="swish", padding="even", norm_eps=1e-3)
+    config = replace(config, act="swish", padding="even", norm_eps=1e-3, **ARITHMETIC)
+    config = replace(config, norm_momentum=DEFAULTS["batch_norm_momentum"])
     std = (0.47853944, 0.4732864, 0.47434163)
     return of_transformers(
         f"google/efficientnet-{name}",
@@ -309,10 +372,16 @@ ARCHITECTURE = Architecture(
     full_precision=("classifier",),
     model_types=("efficientnet",),
     read_config=from_transformers,
+    write_config=to_transformers,
     classes={
         "EfficientNetForImageClassification": "image-classification",
         "EfficientNetModel": None,
     },
-    timm_args={"drop_rate": "dropout", "drop_path_rate": "drop_path", "bn_eps": "norm_eps"},
+    timm_args={
+        "drop_rate": "dropout",
+        "drop_path_rate": "drop_path",
+        "bn_eps": "norm_eps",
+        "bn_momentum": "norm_momentum",
+    },
     without_head=lambda config: replace(config, num_classes=0),
 )

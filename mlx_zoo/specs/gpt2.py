@@ -102,6 +102,19 @@ def from_transformers(config: Mapping[str, Any]) -> GPT2Config:
     return config_from(GPT2Config, {**read, "num_classes": num_labels(config)})
 
 
+def to_transformers(config: GPT2Config) -> dict[str, Any]:
+    """The inverse of `from_transformers`, and the class of the task."""
+    classes = {task: name for name, task in reversed(CLASSES.items())}  # of several, the first
+    names = {ours: theirs for theirs, ours in ATTRIBUTES.items()}  # the older: GPT2Config's own
+    return {
+        "model_type": "gpt2",
+        "architectures": [classes[config.task]],
+        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
+        "n_inner": config.mlp_dims,
+        "classifier_dropout": config.classifier_dropout,
+    }
+
+
 def keeps_head(checkpoint: Checkpoint, task: str | None, num_classes: int | None) -> bool:
     """Whether a checkpoint may have the head of `task` with that many classes."""
     if task not in CLASSIFICATIONS:
@@ -165,6 +178,10 @@ ARCHITECTURE = Architecture(
     default_task="text-generation",
     model_types=("gpt2",),
     read_config=from_transformers,
+    write_config=to_transformers,
+    twins=lambda config: (
+        ("lm_head.weight",) if config.tied and config.task == "text-generation" else ()
+    ),
     classes=CLASSES,
     keeps_head=keeps_head,
     head_size=lambda config: config.num_classes if config.task in CLASSIFICATIONS else None,

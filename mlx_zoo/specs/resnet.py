@@ -68,6 +68,23 @@ def from_transformers(config: Mapping[str, Any]) -> ResNetConfig:
     )
 
 
+def to_transformers(config: ResNetConfig) -> dict[str, Any]:
+    """The inverse of `from_transformers`."""
+    expansion = {"basic": 1, "bottleneck": 4}[config.block]
+    return {
+        "model_type": "resnet",
+        "architectures": ["ResNetForImageClassification" if config.num_classes else "ResNetModel"],
+        "layer_type": config.block,
+        "depths": list(config.depths),
+        "hidden_sizes": [width * expansion for width in config.widths],
+        "embedding_size": config.stem_width,
+        "hidden_act": config.act,
+        "downsample_in_bottleneck": config.stride_in_1x1,
+        "downsample_in_first_stage": config.first_stride == 2,
+        "num_channels": config.in_chans,
+    }
+
+
 def of_microsoft(depth: int) -> Checkpoint:
     return of_transformers(
         f"microsoft/resnet-{depth}",
@@ -122,6 +139,7 @@ ARCHITECTURE = Architecture(
     },
     full_precision=("fc",),
     read_config=from_transformers,
+    write_config=to_transformers,
     timm_args={
         "layers": "depths",
         "channels": "widths",
@@ -129,6 +147,7 @@ ARCHITECTURE = Architecture(
         "base_width": "base_width",
         "avg_down": "avg_down",
         "drop_path_rate": "drop_path",
+        "drop_rate": "dropout",
     },
     classes={"ResNetForImageClassification": "image-classification", "ResNetModel": None},
     without_head=lambda config: replace(config, num_classes=0),

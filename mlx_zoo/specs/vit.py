@@ -171,6 +171,23 @@ def from_transformers(config: Mapping[str, Any]) -> ViTConfig:
     return own
 
 
+def to_transformers(config: ViTConfig) -> dict[str, Any]:
+    """The inverse of `from_transformers`: a ViT, or a DeiT with one head or two."""
+    kind = "DeiT" if config.dist_token else "ViT"
+    head = "ForImageClassification" if config.num_classes else "Model"
+    said = {theirs: getattr(config, ours) for theirs, ours in ATTRIBUTES.items()}
+    if config.num_classes and config.dist_head:
+        head += "WithTeacher"
+    if not isinstance(config.img_size, int):
+        said["image_size"] = list(config.img_size)
+    return {"model_type": kind.lower(), "architectures": [kind + head], **said}
+
+
+def with_mlp_ratio(published: ViTConfig, config: ViTConfig) -> ViTConfig:
+    """timm sizes an MLP by the dims of its block, in the proportion of the variant."""
+    return replace(config, mlp_dims=config.dims * published.mlp_dims // published.dims)
+
+
 def config_of(row: Row) -> ViTConfig:
     """That of the variant; torchvision has weights of one variant for images of several sizes."""
     config = VITS[variant_of(row)]
@@ -294,6 +311,7 @@ ARCHITECTURE = Architecture(
     full_precision=("head", "head_dist"),
     model_types=("vit", "deit"),
     read_config=from_transformers,
+    write_config=to_transformers,
     classes={
         "ViTForImageClassification": "image-classification",
         "DeiTForImageClassification": "image-classification",
@@ -304,6 +322,7 @@ ARCHITECTURE = Architecture(
     timm_args={
         "global_pool": "pool",
         "patch_size": "patch_size",
+        "embed_dim": "dims",
         "depth": "num_layers",
         "num_heads": "num_heads",
         "qkv_bias": "qkv_bias",
@@ -314,8 +333,11 @@ ARCHITECTURE = Architecture(
         "pre_norm": "pre_norm",
         "final_norm": "final_norm",
         "fc_norm": "fc_norm",
+        "drop_rate": "head_dropout",
+        "pos_drop_rate": "embed_dropout",
         "attn_drop_rate": "attention_dropout",
         "drop_path_rate": "drop_path",
     },
+    timm_derives=with_mlp_ratio,
     without_head=lambda config: replace(config, num_classes=0),
 )
