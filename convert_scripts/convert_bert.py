@@ -1,21 +1,12 @@
-"""Convert a BERT of the hub, or of a folder, with a head, into a folder that `local-dir:` loads.
+"""Convert BERTs of the hub, or of folders, into folders that `local-dir:` loads.
 
-    python convert_scripts/convert_bert.py out/ bert-base-uncased fill-mask
-    python convert_scripts/convert_bert.py out/ local-dir:my-bert text-classification
+    python convert_scripts/convert_bert.py bert-base-uncased --task fill-mask --output out/
+    python convert_scripts/convert_bert.py local-dir:my-bert --task text-classification
 
-Without a task: the bare body. The tokenizer's files go along.
+The tokenizer's files and a model card go along.
 """
 
-import sys
-
-import mlx_zoo
-
-
-def main(out: str, name: str, task: str | None = None) -> None:
-    print(mlx_zoo.convert(name, out, task=task))
-
+from command import main
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main("bert", __doc__)

@@ -1,21 +1,12 @@
-"""Convert a GPT-2 of the hub, or of a folder, into a folder that `local-dir:` loads.
+"""Convert GPT-2s of the hub, or of folders, into folders that `local-dir:` loads.
 
-    python convert_scripts/convert_gpt2.py out/ distilgpt2
-    python convert_scripts/convert_gpt2.py out/ gpt2-xl 4
+    python convert_scripts/convert_gpt2.py distilgpt2 --output out/
+    python convert_scripts/convert_gpt2.py gpt2-xl --quantize 4 --upload-repo me/gpt2-xl-4bit
 
-A number at the end: the bits of a weight, quantised. The tokenizer's files go along.
+The tokenizer's files and a model card go along.
 """
 
-import sys
-
-import mlx_zoo
-
-
-def main(out: str, name: str, bits: str | None = None) -> None:
-    print(mlx_zoo.convert(name, out, quantize=None if bits is None else int(bits)))
-
+from command import main
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main("gpt2", __doc__)

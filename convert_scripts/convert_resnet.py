@@ -1,20 +1,9 @@
-"""Convert ResNets into folders that `local-dir:` loads.
+"""Convert ResNets into folders that `local-dir:` loads, each with a model card.
 
-    python convert_scripts/convert_resnet.py out/ resnet18 resnet50.a1_in1k
-
-Without names: every one that torchvision publishes.
+python convert_scripts/convert_resnet.py resnet18 resnet50.a1_in1k --output out/ --verify
 """
 
-import sys
-from pathlib import Path
-
-import mlx_zoo
-
-
-def main(out: str, *names: str) -> None:
-    for name in names or mlx_zoo.list_models("*.imagenet1k_*", family="resnet"):
-        print(mlx_zoo.convert(name, Path(out, name)))
-
+from command import main
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["converted"]))
+    main("resnet", __doc__)

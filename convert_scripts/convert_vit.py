@@ -1,20 +1,9 @@
-"""Convert vision transformers into folders that `local-dir:` loads.
+"""Convert vision transformers into folders that `local-dir:` loads, each with a model card.
 
-    python convert_scripts/convert_vit.py out/ vit_b_16 vit_base_patch14_dinov2
-
-Without names: every one that torchvision publishes.
+python convert_scripts/convert_vit.py vit_b_16 vit_base_patch14_dinov2 --dtype float16
 """
 
-import sys
-from pathlib import Path
-
-import mlx_zoo
-
-
-def main(out: str, *names: str) -> None:
-    for name in names or mlx_zoo.list_models("*.imagenet1k_*", family="vit"):
-        print(mlx_zoo.convert(name, Path(out, name)))
-
+from command import main
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["converted"]))
+    main("vit", __doc__)

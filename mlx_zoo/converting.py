@@ -115,6 +115,9 @@ def converted(request: Request, place: Place) -> Converted:
     source = as_source(request.checkpoint.source)
     if isinstance(source, DirectorySource) and describe.is_converted(source.path):
         return _from_folder(source.path, request)
+    if isinstance(source, HubSource) and request.checkpoint.folder:
+        _say_licence(request.checkpoint)
+        return _from_folder(describe.fetch_converted(request.checkpoint, place), request, source)
     origin = _origin(source, request, place)
     if isinstance(origin.source, HubSource):
         checkpoint = replace(request.checkpoint, revision=origin.source.revision)
@@ -504,14 +507,15 @@ def quantization_of(manifest: Mapping[str, Any]) -> Quantization | None:
     return None if said is None else config_from(Quantization, said)
 
 
-def _from_folder(folder: Path, request: Request) -> Converted:
-    """What `convert` wrote."""
+def _from_folder(folder: Path, request: Request, source: HubSource | None = None) -> Converted:
+    """What `convert` wrote; into a repository where `source` is given, of which this is a copy."""
     weights: Mapping[str, mx.array]
     try:
-        entry = cache.read_entry(folder)
+        entry = replace(cache.read_entry(folder), borrowed=source is not None)
         weights = cache.read_checked(entry)
     except (OSError, ValueError, MLXZooError) as error:
-        raise IntegrityError(f"{folder} is damaged ({error}): convert it again") from error
+        remedy = f"{source} is to be uploaded again" if source else "convert it again"
+        raise IntegrityError(f"{folder} is damaged ({error}): {remedy}") from error
     if entry.manifest["format"] != cache.FORMAT:
         raise CheckpointError(
             f"{folder} has format {entry.manifest['format']}, {cache.FORMAT} is read here: "

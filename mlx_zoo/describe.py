@@ -22,7 +22,14 @@ from mlx_zoo.catalogue import (
     labels,
     timm_resize,
 )
-from mlx_zoo.errors import CheckpointError, UnknownModel, UnsupportedConfig, legible
+from mlx_zoo.errors import (
+    CheckpointError,
+    DownloadError,
+    IntegrityError,
+    UnknownModel,
+    UnsupportedConfig,
+    legible,
+)
 from mlx_zoo.hub import cache
 from mlx_zoo.hub.fetch import fetch_files
 from mlx_zoo.hub.source import (
@@ -37,6 +44,10 @@ from mlx_zoo.preprocess.files import read_json
 from mlx_zoo.preprocess.processor import read_processor
 from mlx_zoo.preprocess.sentence import sentence_files
 from mlx_zoo.preprocess.text import TOKENIZER_FILES
+
+CONFIG = "config.json"
+OURS = {"format", "checkpoint", "config"}  # in a manifest that `convert` wrote
+LIBRARY = "mlx_zoo"  # says a config.json that `convert` wrote, for people to read
 
 # Of any transformers config.json: these ask for arithmetic or code that is not here.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -208,9 +219,16 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
     names = ("config.json", cache.MANIFEST, "preprocessor_config.json")
     fetched = fetch_files(source, (), optional=names, **place.options)
     files = fetched.files
-    if isinstance(source, DirectorySource) and is_converted(source.path):
+    if isinstance(source, DirectorySource):
+        converted = is_converted(source.path)
+    else:
+        converted = cache.MANIFEST in files and _is_manifest(files[cache.MANIFEST])
+    if converted:
         checkpoint, config = from_json(read_json(files[cache.MANIFEST]))
         task = getattr(config, "task", checkpoint.task)  # of its head, where it has one
+        if isinstance(source, HubSource):  # whoever asks for its weights needs the rest, too
+            folder = str(files[cache.MANIFEST].parent)
+            checkpoint = replace(checkpoint, revision=fetched.revision, folder=folder)
         return replace(checkpoint, config=config, task=task, source=str(source))
     if "config.json" not in files:
         raise CheckpointError(
@@ -218,10 +236,11 @@ def read(source: HubSource | DirectorySource, place: Place) -> Checkpoint:
             "load(architecture, pretrained=...) reads bare weights"
         )
     config = read_json(files["config.json"])
+    if is_readers_config(config):
+        raise CheckpointError(f"{source} is a converted folder without its {cache.MANIFEST}")
     name = source.repo if isinstance(source, HubSource) else source.path.resolve().name
-    read_config = _of_timm if "architecture" in config else _of_transformers
     try:
-        checkpoint = read_config(config, name)
+        checkpoint = described(config, name)
         architecture = registry.architectures()[checkpoint.architecture]
         architecture.outline(checkpoint.config)  # refuses what the network does not have
         processor = files.get("preprocessor_config.json")
@@ -271,6 +290,8 @@ def companions(
 ) -> Mapping[str, Path]:
     """The files beside the weights that their use needs: config.json, the tokenizer's."""
     own_folder = checkpoint.folder  # a converted one outlives its original
+    if not own_folder and not checkpoint.source:  # trained from random weights
+        return {}
     source = as_source(f"local-dir:{own_folder}") if own_folder else source_of(checkpoint)
     if not isinstance(source, (HubSource, DirectorySource)):
         return {}
@@ -280,7 +301,41 @@ def companions(
             return ("config.json", "preprocessor_config.json")
         return TOKENIZER_FILES + sentence_files() + sentence_files(files.get("modules.json"))
 
-    return _fetch_wanted(source, wanted, place)
+    files = dict(_fetch_wanted(source, wanted, place))
+    if CONFIG in files and is_readers_config(read_json(files[CONFIG])):
+        del files[CONFIG]  # it is written anew with each folder
+    return files
+
+
+def is_readers_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one that `convert` wrote, not a publisher's."""
+    return config.get("library_name") == LIBRARY
+
+
+def fetch_converted(checkpoint: Checkpoint, place: Place) -> Path:
+    """All files of a repository that holds a converted folder; the folder that they are in.
+
+    Raises as `fetch_files` does; IntegrityError for a manifest that is not one of ours.
+    """
+    source = source_of(checkpoint)
+    found = fetch_files(source, (cache.MANIFEST,), **place.options)
+    folder = found.files[cache.MANIFEST].parent
+    try:
+        weights = cache.weights_of(read_json(found.files[cache.MANIFEST]))
+    except ValueError as error:
+        raise IntegrityError(f"{source}: {error}") from error
+    if len(weights) > 1:
+        weights += (cache.INDEX,)
+    beside = (cache.VERIFICATION, cache.FINGERPRINT)
+    files = {**fetch_files(source, weights, optional=beside, **place.options).files}
+    architecture = registry.architectures()[checkpoint.architecture]
+    files |= companions(replace(checkpoint, folder=None), architecture, place)
+    if any(path != folder / name for name, path in files.items()):
+        raise DownloadError(
+            f"the files of {source} are in two caches, as one cannot be written: give a cache_dir "
+            "that can"
+        )
+    return folder
 
 
 def _fetch_wanted(
@@ -298,7 +353,55 @@ def _fetch_wanted(
 def is_converted(folder: Path) -> bool:
     """Whether a folder holds weights in MLX's layout, as `mlx_zoo.convert` writes them."""
     path = folder / cache.MANIFEST
-    return path.is_file() and {"format", "checkpoint", "config"} <= read_json(path).keys()
+    return path.is_file() and read_json(path).keys() >= OURS
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a repository's manifest.json is one of ours: others have files of that name."""
+    try:
+        return read_json(path).keys() >= OURS
+    except CheckpointError:
+        return False
+
+
+def described(config: Mapping[str, Any], name: str) -> Checkpoint:
+    """What a config.json says, whoever wrote it: timm, transformers, or `export` for torchvision.
+
+    Raises UnsupportedConfig; what Python raises for values of another kind.
+    """
+    if "architecture" in config:
+        return _of_timm(config, name)
+    return (_of_torchvision if "constructor" in config else _of_transformers)(config, name)
+
+
+def _of_torchvision(config: Mapping[str, Any], name: str) -> Checkpoint:
+    constructor, options = str(config["constructor"]), dict(config.get("options") or {})
+    original = Reference("torchvision", constructor)
+    for known in registry.checkpoints().values():
+        own = known.reference
+        if own and (own.library, own.name) == ("torchvision", constructor):
+            break
+    else:
+        raise UnsupportedConfig(f"{name}: torchvision's {constructor!r} is not implemented")
+    sizes = {"num_classes": options.pop("num_classes", 1000)}
+    if hasattr(known.config, "img_size"):
+        sizes["img_size"] = as_size(options.pop("image_size", 224))
+        original = replace(original, options={"image_size": sizes["img_size"]})
+    if options:
+        raise UnsupportedConfig(f"{name}: options={options} in config.json is not implemented")
+    how = config.get("preprocessing")
+    return Checkpoint(
+        name=name,
+        architecture=known.architecture,
+        config=config_from(type(known.config), {**vars(known.config), **sizes}),
+        source="",
+        dialect="torchvision",
+        reference=original,
+        task="image-classification",
+        license=config.get("license"),
+        preprocessing=how and config_from(Preprocessing, how),
+        labels=tuple(config.get("label_names") or ()),
+    )
 
 
 def _of_transformers(config: Mapping[str, Any], name: str) -> Checkpoint:
@@ -358,6 +461,7 @@ def _of_timm(config: Mapping[str, Any], name: str) -> Checkpoint:
     own = config_from(
         type(own), {**vars(own), **sizes, **{known[arg]: x for arg, x in said.items()}}
     )
+    own = architecture.timm_derives(architecture.variants[variant], own)
     pool = getattr(own, known["global_pool"]) if "global_pool" in known else "avg"
     if other := [said_pool for said_pool in pools if said_pool not in (pool, None)]:
         raise UnsupportedConfig(

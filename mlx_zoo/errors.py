@@ -74,6 +74,10 @@ class NotCached(DownloadError):
     """The network is off (or `local_files_only=True`) and the file is not in the cache."""
 
 
+class UploadError(MLXZooError):
+    """A folder could not be uploaded. It is still there; the message says how to do it again."""
+
+
 class IntegrityError(MLXZooError):
     """Bytes do not have the hash that was promised for them."""
 

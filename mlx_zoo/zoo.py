@@ -1,7 +1,7 @@
 """load(): a name -> its checkpoint -> converted weights -> a network that is ready to use.
 
 Converted weights come from the cache where it has them; otherwise the published file is fetched,
-read, mapped and kept. `convert` and `export` are the same road, to a folder and back to PyTorch.
+read, mapped and kept. `convert` is the same road, to a folder; `mlx_zoo.exporting` is the way back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zoo import describe, quantization, registry
+from mlx_zoo import describe, publishing, quantization, registry
 from mlx_zoo.backend.inference import original_of
 from mlx_zoo.catalogue import Architecture, Checkpoint, as_size, config_from
 from mlx_zoo.converting import (
@@ -32,11 +32,15 @@ from mlx_zoo.converting import (
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import CheckpointError, VerificationError
 from mlx_zoo.hub import cache
+from mlx_zoo.hub.upload import check_target, upload
 from mlx_zoo.mapping import engine
 from mlx_zoo.quantization import as_quantization
 
 log = logging.getLogger("mlx_zoo")
 
+# Options of `load` with which weights are what they are.
+UNCHANGING = {"task", "revision", "cache_dir", "local_files_only", "allow_nonfinite"}
+PLACE = {"cache_dir", "local_files_only"}
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -300,10 +304,13 @@ def _verify_once(model: nn.Module, found: Converted, place: Place) -> None:
         return
     report = verify(model, cache_dir=place.cache_dir, local_files_only=place.local_files_only)
     if not report.passed:
-        raise VerificationError(
-            f"{found.checkpoint.name} does not compute what its original computes: {report.reason}",
-            report,
-        )
+        raise _not_the_same(found.checkpoint.name, report)
+
+
+def _not_the_same(name: str, report: Any) -> VerificationError:
+    return VerificationError(
+        f"{name} does not compute what its original computes: {report.reason}", report
+    )
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -313,6 +320,12 @@ def convert(
     name: str | os.PathLike[str] | nn.Module,
     path: str | os.PathLike[str],
     pretrained: bool | str | os.PathLike[str] = True,
+    *,
+    verify: bool = False,
+    max_shard_size: int | str = "5GB",
+    metrics: Mapping[str, Any] | None = None,
+    upload_repo: str | None = None,
+    private: bool = False,
     **options: Any,
 ) -> Path:
     """Write a self-contained folder that `load("local-dir:" + path, pretrained=True)` reads.
@@ -320,24 +333,39 @@ def convert(
     Args:
         name, pretrained, **options: as `load` takes them; or a loaded network, as it is now.
         path: a folder that does not exist yet, or is empty.
+        verify: compare with the original first; the report goes along, as JSON and as a page.
+        max_shard_size: bytes, or "5GB", above which the weights are in several files.
+        metrics: of a fine-tuned network, by name, for the model card.
+        upload_repo: `org/name` on the hub, which gets what the folder holds, in one commit, once it
+            is complete; made where there is none. `load("hf-hub:org/name", pretrained=True)` reads
+            it. Paths of this machine are not told. The token is the hub client's own.
+        private: whether a repository that is made is for those with a token alone.
 
     Returns:
-        The folder: model.safetensors in MLX's layout, manifest.json with its provenance, the
-        tokenizer's files where there are any, and where the weights were verified the report with
-        the original's fingerprint, by which another machine verifies them without PyTorch.
+        The folder: model.safetensors in MLX's layout, manifest.json with its provenance, the model
+        card in README.md, config.json and preprocessing.json for people, the tokenizer's files
+        where there are any, and where the weights were verified the report with the original's
+        fingerprint, by which another machine verifies them without PyTorch.
 
     Raises:
-        As `load`; ValueError where the folder has something in it.
+        As `load`; ValueError where the folder has something in it, or where the licence forbids to
+        upload it; VerificationError where `verify` shows another network, or did before an upload;
+        UploadError, when the folder stays.
     """
     from mlx_zoo.verify import stored
 
+    if upload_repo is None and private:
+        raise ValueError("private=True goes with upload_repo=")
+    if upload_repo is not None:
+        check_target(upload_repo, bool(options.get("local_files_only")))
+    limit = publishing.as_bytes(max_shard_size)
     if pretrained is False:
         raise ValueError("pretrained=False: random weights are not converted")
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; give a folder that is new or empty")
     if isinstance(name, nn.Module):
-        if changing := sorted(options.keys() - {"cache_dir", "local_files_only"}):
+        if changing := sorted(options.keys() - PLACE):
             raise ValueError(f"{', '.join(changing)}: a loaded network is written as it is")
         model = original_of(name)
     else:
@@ -345,74 +373,65 @@ def convert(
     checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
         raise ValueError("this network has random weights: there is nothing to convert")
+    if getattr(model, "lora", None) is not None:
+        raise ValueError("this network has adapters: merge_lora(model) first, or save_adapter")
+    if upload_repo is not None:
+        publishing.check_licence(checkpoint)
+        _check_has_not_failed(model)
+    said: dict[str, Any] = {k: v for k, v in options.items() if k in PLACE}
+    report = _verified(model, said) if verify else None
     weights = engine.parameters(model)
     architecture = registry.architectures()[checkpoint.architecture]
     nonfinite = engine.nonfinite(weights)
     manifest = manifest_of(
-        checkpoint, model.config, architecture, nonfinite, getattr(model, "quantization", None)
+        checkpoint if upload_repo is None else publishing.without_paths(checkpoint),
+        model.config,
+        architecture,
+        nonfinite,
+        getattr(model, "quantization", None),
     )
-    said = {name: options[name] for name in ("cache_dir", "local_files_only") if name in options}
+    if hashes := stored.source_hashes(model):
+        manifest["source_sha256"] = dict(hashes)
+    if not isinstance(name, nn.Module) and not options.keys() - UNCHANGING:
+        metrics = metrics or (model.entry and model.entry.manifest.get("metrics"))
+    if metrics:
+        manifest["metrics"] = dict(metrics)
     place = describe.place_of(model, **said)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = cache.working_folder(folder.parent)
     try:
-        cache.write_folder(work, weights, manifest)
+        cache.write_folder(work, weights, manifest, limit)
         stored.carry(model, work)
         for own_name, file in describe.companions(checkpoint, architecture, place).items():
             (work / own_name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, work / own_name)
+        publishing.write_papers(work, report, upload_repo)
         if folder.exists():
             folder.rmdir()
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    if upload_repo is not None:
+        log.info("uploaded: %s", upload(folder, upload_repo, private=private))
     return folder
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], *, dialect: str | None = None) -> Path:
-    """Write a network's weights in PyTorch's names and layout, in one safetensors file.
+def _verified(model: nn.Module, place: Mapping[str, Any]) -> Any:
+    """The report of a network. Raises VerificationError where it did not pass."""
+    from mlx_zoo.verify import verify
 
-    Args:
-        model: a network of this package, as loaded or after training.
-        path: of the file, replaced at once where it exists.
-        dialect: the publisher whose names are written; None for those the weights came in.
-
-    Raises:
-        ValueError: a dialect that the architecture does not have, or whose publisher has no such
-            network; a quantised network.
-    """
-    model = original_of(model)
-    architecture = registry.of_model(model)
-    weights = engine.parameters(model)
-    if odd := [n for n, x in weights.items() if not mx.issubdtype(x.dtype, mx.floating)]:
-        raise ValueError(f"{odd[0]} holds no floats: a quantised network cannot be exported")
-    checkpoint = getattr(model, "checkpoint", None)
-    own = checkpoint.dialect if checkpoint else None
-    name = dialect or own or next(iter(architecture.dialects))
-    if name not in architecture.dialects:
-        raise ValueError(f"dialect={name!r}: one of {'; '.join(architecture.dialects)} is needed")
-    if name != own:
-        _check_publisher_has(model.config, architecture, name)
-    state = engine.to_torch(weights, model, architecture.spec(name, model.config))
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; give the name of a file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = cache.working_folder(target.parent)
-    try:
-        cache.save(work / "model.safetensors", state, {"format": "pt"})
-        (work / "model.safetensors").replace(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+    report = verify(model, **place)
+    if not report.passed:
+        raise _not_the_same(model.checkpoint.name, report)
+    return report
 
 
-def _check_publisher_has(config: Any, architecture: Architecture, dialect: str) -> None:
-    """Raise ValueError where no network of that publisher computes what this one does."""
-    publishers = architecture.common.get(dialect.partition(",")[0], {})
-    for name, wanted in {**publishers, **architecture.common.get(dialect, {})}.items():
-        has = getattr(config, name)
-        if has not in (wanted if isinstance(wanted, list) else [wanted]):
-            raise ValueError(
-                f"dialect={dialect!r}: this network has {name}={has!r}, as none of theirs has"
-            )
+def _check_has_not_failed(model: nn.Module) -> None:
+    """Raise VerificationError where the latest verification of a network's weights failed."""
+    entry: cache.Entry | None = getattr(model, "entry", None)
+    done = (entry.verification if entry else None) or {}
+    if entry and done.get("passed") is False and done.get("sha256") == entry.manifest.get("sha256"):
+        raise VerificationError(
+            f"{model.checkpoint.name} failed its latest verification (first divergence at "
+            f"{done.get('first_divergence')}) and is not uploaded: mlx-zoo verify says more"
+        )

@@ -13,6 +13,7 @@ recorded as "METHOD /path".
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -66,7 +67,11 @@ class LocalHub:
         self.licenses: dict[str, str] = {}  # repo -> as its card says
         self.gated: set[str] = set()
         self.private: set[str] = set()
-        self.token = "hf_local"  # opens gated and private repositories
+        self.token = "hf_local"  # opens gated and private repositories, and may write
+        self.read_only: set[str] = set()  # organisations in which it may not
+        self.objects: dict[str, bytes] = {}  # sha256 -> what was put into the large file storage
+        self.puts: list[str] = []  # the sha256 of what arrived there whole, each time
+        self.lfs_address: str | None = None  # where large files are to be put; None: here
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.ranges: list[str] = []  # of the requests that asked for a part
@@ -140,6 +145,10 @@ class LocalHub:
         with self._lock:
             (self._sockets.add if is_open else self._sockets.discard)(connection)
 
+    def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
+        """What the newest commit of a branch holds."""
+        return self.commits[repo][self.branches[repo][branch]]
+
 
 @contextmanager
 def client_and_hub(monkeypatch, folder: Path) -> Iterator[LocalHub]:
@@ -202,6 +211,107 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer_writing()
+
+    def do_PUT(self) -> None:
+        self._answer_writing()
+
+    def _answer_writing(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        self.fault = self.hub.next_fault(self.command, path)
+        size = int(self.headers.get("Content-Length", 0))
+        if self.fault and self.fault.kind == "reset":
+            self.rfile.read(size // 2)
+            return self._reset()
+        body = self.rfile.read(size) if size else b"".join(self._chunks())
+        if self.fault and self.fault.kind == "status":
+            return self._send(self.fault.status, b"out of order", {})
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if path.startswith("/lfs-put/"):  # its address is the right to write there
+            return self._keep_object(path.removeprefix("/lfs-put/"), body)
+        if not self._has_token():
+            self.fault = None
+            headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self._send(401, b"{}", headers)
+        rows = [json.loads(line) for line in body.splitlines() if line]
+        if path == "/api/repos/create":
+            return self._create(rows[0])
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._send_json({"objects": [*map(self._lfs_row, rows[0]["objects"])]})
+        repo, _, step = path.removeprefix("/api/models/").rpartition("/")[0].rpartition("/")
+        if repo not in self.hub.commits:
+            return self._refuse(404, "RepoNotFound")
+        if repo.partition("/")[0] in self.hub.read_only:
+            return self._send(403, b"{}", {"X-Error-Message": "you may not write here"})
+        files = self.hub.files(repo)
+        if step == "preupload":
+            return self._send_json({"files": [self._mode(files, row) for row in rows[0]["files"]]})
+        return self._commit(repo, files, rows)
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The body of a request that does not say its length."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _create(self, row: dict) -> None:
+        repo = f"{row['organization']}/{row['name']}"
+        url = {"url": f"{self.hub.endpoint}/{repo}"}
+        if row["organization"] in self.hub.read_only:
+            return self._send(403, b"{}", {"X-Error-Message": "you may not write here"})
+        if repo in self.hub.commits:
+            return self._send(409, json.dumps(url).encode(), {"Content-Type": "application/json"})
+        self.hub.push(repo, {".gitattributes": b""})
+        if row.get("visibility") == "private" or row.get("private"):
+            self.hub.private.add(repo)
+        return self._send_json(url)
+
+    def _mode(self, files: dict[str, bytes], row: dict) -> dict:
+        large = row["size"] >= self.hub.lfs_threshold
+        own = files.get(row["path"])
+        oid = own and (sha256(own) if large else git_sha1(own))
+        mode = "lfs" if large else "regular"
+        return {"path": row["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def _lfs_row(self, row: dict) -> dict:
+        if row["oid"] in self.hub.objects:
+            return row
+        where = self.hub.lfs_address or self.hub.endpoint
+        return row | {"actions": {"upload": {"href": f"{where}/lfs-put/{row['oid']}"}}}
+
+    def _keep_object(self, oid: str, body: bytes) -> None:
+        if sha256(body) != oid:
+            return self._send(400, b"another hash", {})
+        self.hub.puts.append(oid)
+        self.hub.objects[oid] = body
+        return self._send(200, b"", {})
+
+    def _commit(self, repo: str, files: dict[str, bytes], rows: list[dict]) -> None:
+        parent = rows[0]["value"].get("parentCommit")
+        if parent not in (None, self.hub.branches[repo]["main"]):
+            return self._send(412, b"{}", {"X-Error-Message": "the branch has moved"})
+        files = dict(files)
+        for row in rows[1:]:
+            kind, value = row["key"], row["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            else:
+                del files[value["path"]]
+        commit = self.hub.push(repo, files)
+        url = f"{self.hub.endpoint}/{repo}/commit/{commit}"
+        return self._send_json({"commitUrl": url, "commitOid": commit})
+
+    def _send_json(self, value: dict) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
@@ -231,6 +341,7 @@ class _Answer(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": name} for name in files]
             answer = {"id": repo, "sha": commit, "siblings": siblings}
+            answer["private"] = repo in self.hub.private
             if repo in self.hub.licenses:
                 answer["tags"] = ["mlx", f"license:{self.hub.licenses[repo]}"]
             if self.fault and "sha" in self.fault.headers:
@@ -319,10 +430,14 @@ class _Answer(BaseHTTPRequestHandler):
         if fault and fault.kind == "stall":
             self.hub.stopping.wait(30)
         if fault and fault.kind == "reset":
-            # Lingering for no time turns the close into a reset; the reader holds the socket open.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.rfile.close()
-            self.connection.close()
+            self._reset()
+
+    def _reset(self) -> None:
+        # Lingering for no time turns the close into a reset; the reader holds the socket open.
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
 
 
 def sha256(content: bytes) -> str:

@@ -6,6 +6,11 @@
         verification.json    the latest verification, once there is one
         fingerprint.safetensors    what the PyTorch original answered then (`verify.stored`)
 
+A folder that is to travel has the same files; above a limit its weights are in several,
+
+    model-00001-of-00003.safetensors, ...    and model.safetensors.index.json, which says what is
+                                             where; the manifest has the hash of each
+
     <root>/quarantine/       entries that could not be used
     <root>/downloads/        files that came from an https address (`download`)
     <root>/pins/             what was learnt about repositories (`pins`)
@@ -29,7 +34,7 @@ import string
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +52,11 @@ log = logging.getLogger("mlx_zoo")
 FORMAT = 1  # of an entry; raised whenever a conversion yields other bytes for the same spec
 WEIGHTS, MANIFEST, VERIFICATION = "model.safetensors", "manifest.json", "verification.json"
 FINGERPRINT = "fingerprint.safetensors"
+INDEX, SHARD = "model.safetensors.index.json", "model-{:05}-of-{:05}.safetensors"
 DAY = 24 * 3600  # seconds
 STALE = DAY  # longer than any work takes: what is older was left by a process that was killed
+
+State = tuple[int, ...]  # of a file: see `state_of`
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,18 @@ class Entry:
 
     path: Path
     manifest: Mapping[str, Any]
-    seen: tuple[int, ...] | None = None  # the state of the weights before they were checked
+    seen: tuple[State | None, ...] = ()  # of the weights' files, before they were checked
+    borrowed: bool = False  # of another program's cache: nothing is written beside the weights
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those with the weights: one, or all shards."""
+        return tuple(self.path / name for name in weights_of(self.manifest))
 
     @property
     def weights(self) -> Path:
-        return self.path / WEIGHTS
+        """The file with the weights; of shards the first."""
+        return self.files[0]
 
     @property
     def verification(self) -> Mapping[str, Any] | None:
@@ -76,8 +91,8 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        files = (self.path / name for name in (WEIGHTS, MANIFEST, VERIFICATION, FINGERPRINT))
-        return sum(file.stat().st_size for file in files if file.is_file())
+        others = (self.path / name for name in (INDEX, MANIFEST, VERIFICATION, FINGERPRINT))
+        return sum(file.stat().st_size for file in (*self.files, *others) if file.is_file())
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -128,7 +143,6 @@ def read_entry(path: Path) -> Entry:
 
     Raises OSError where there is no manifest, ValueError where it is something else.
     """
-    seen = state_of(path / WEIGHTS)
     if not (path / MANIFEST).is_file():  # nor a pipe, which would wait for a writer
         raise FileNotFoundError(f"{path} has no {MANIFEST}")
     try:
@@ -137,17 +151,41 @@ def read_entry(path: Path) -> Entry:
         raise ValueError(f"the manifest is no manifest: {error}") from error
     if not isinstance(manifest, dict):
         raise ValueError("the manifest is not an object")
-    return Entry(path, manifest, seen)
+    return Entry(path, manifest, tuple(state_of(path / name) for name in weights_of(manifest)))
+
+
+def weights_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the files with the weights that a manifest speaks of, in their order.
+
+    Raises ValueError for shards that are not named as they are written: a manifest may be a
+    stranger's, and a name may be a path.
+    """
+    if "shards" not in manifest:
+        return (WEIGHTS,)
+    shards = manifest["shards"]
+    if not isinstance(shards, dict) or [*shards] != [*_shard_names(len(shards))] or not shards:
+        raise ValueError("the manifest's shards are not model-00001-of-..., one after the other")
+    if not all(isinstance(row, dict) for row in shards.values()):
+        raise ValueError("the manifest's shards have no sizes and hashes")
+    return tuple(shards)
+
+
+def _shard_names(count: int) -> Iterator[str]:
+    return (SHARD.format(number, count) for number in range(1, count + 1))
 
 
 def check(entry: Entry) -> None:
     """Raise unless weights and manifest are those that were written.
 
-    The manifest has the hash of the weights; their header repeats what the manifest says.
+    The manifest has the hashes of the weights; their headers repeat what the manifest says.
     """
-    header = _checked_header(entry)
-    _check_sha256(entry, sha256_of(entry.weights))
-    _check_metadata(entry, header)
+    names = {}
+    for file in entry.files:
+        header = _checked_header(entry, file)
+        _check_sha256(entry, file, sha256_of(file))
+        _check_metadata(entry, file, header)
+        names[file.name] = list(header.tensors)
+    _check_whole(entry, names)
 
 
 def read_checked(entry: Entry) -> dict[str, mx.array]:
@@ -157,37 +195,67 @@ def read_checked(entry: Entry) -> dict[str, mx.array]:
     """
     from mlx_zoo.hub.checkpoint import read_safetensors
 
-    header = _checked_header(entry)
-    with Hashing() as digest:
-        weights = read_safetensors(entry.weights, header, digest)
-        _check_sha256(entry, digest.hexdigest())
-    _check_metadata(entry, header)
-    _check_same_file(entry)
+    weights: dict[str, mx.array] = {}
+    names: dict[str, Sequence[str]] = {}
+    for file in entry.files:
+        header = _checked_header(entry, file)
+        with Hashing() as digest:
+            tensors = read_safetensors(file, header, digest)
+            _check_sha256(entry, file, digest.hexdigest())
+        _check_metadata(entry, file, header)
+        names[file.name] = list(tensors)
+        weights |= tensors
+    _check_whole(entry, names)
+    _check_same_files(entry)
     return weights
 
 
-def _checked_header(entry: Entry) -> Header:
-    if not entry.weights.is_file():
-        raise MLXZooError(f"{WEIGHTS} is no file")
-    size = entry.weights.stat().st_size
-    if size != entry.manifest.get("size"):
-        raise MLXZooError(f"{WEIGHTS} has {size} bytes, {entry.manifest.get('size')} were written")
-    return read_header(entry.weights)
+def _promised(entry: Entry, file: Path, what: str) -> Any:
+    """The size or sha256 that the manifest gives a file."""
+    return entry.manifest.get("shards", {}).get(file.name, entry.manifest).get(what)
 
 
-def _check_sha256(entry: Entry, sha256: str) -> None:
-    if sha256 != entry.manifest.get("sha256"):
-        raise MLXZooError(f"{WEIGHTS} does not have the sha256 that was written")
+def _checked_header(entry: Entry, file: Path) -> Header:
+    if not file.is_file():
+        raise MLXZooError(f"{file.name} is no file")
+    size, promised = file.stat().st_size, _promised(entry, file, "size")
+    if size != promised:
+        raise MLXZooError(f"{file.name} has {size} bytes, {promised} were written")
+    return read_header(file)
 
 
-def _check_metadata(entry: Entry, header: Header) -> None:
+def _check_sha256(entry: Entry, file: Path, sha256: str) -> None:
+    if sha256 != _promised(entry, file, "sha256"):
+        raise MLXZooError(f"{file.name} does not have the sha256 that was written")
+
+
+def _check_metadata(entry: Entry, file: Path, header: Header) -> None:
     if header.metadata != _header_of(entry.manifest):
-        raise MLXZooError(f"{MANIFEST} does not say what the header of {WEIGHTS} says")
+        raise MLXZooError(f"{MANIFEST} does not say what the header of {file.name} says")
 
 
-def _check_same_file(entry: Entry) -> None:
-    if state_of(entry.weights) != entry.seen:
-        raise OSError(f"{entry.weights} was replaced while it was read")
+def _check_whole(entry: Entry, names: Mapping[str, Sequence[str]]) -> None:
+    """Raise unless shards hold what the index says, and no other file could be taken for weights.
+
+    `names` are those of the tensors in each file.
+    """
+    from mlx_zoo.hub.checkpoint import check_index
+
+    own = set(names)
+    if "shards" in entry.manifest:
+        check_index(entry.path / INDEX, names)
+        hashes = [row.get("sha256") for row in entry.manifest["shards"].values()]
+        if entry.manifest.get("sha256") != _joint_sha256(hashes):
+            raise MLXZooError(f"the sha256 in {MANIFEST} is not that of its shards")
+        own.add(INDEX)
+    if others := sorted({file.name for file in entry.path.glob("model*.safetensors*")} - own):
+        raise MLXZooError(f"{others[0]} does not belong to it")
+
+
+def _check_same_files(entry: Entry) -> None:
+    for file, seen in zip(entry.files, entry.seen, strict=True):
+        if state_of(file) != seen:
+            raise OSError(f"{file} was replaced while it was read")
 
 
 def read_weights(entry: Entry) -> dict[str, mx.array]:
@@ -197,15 +265,17 @@ def read_weights(entry: Entry) -> dict[str, mx.array]:
     """
     from mlx_zoo.hub.checkpoint import read_safetensors
 
-    try:
-        weights = read_safetensors(entry.weights, read_header(entry.weights))
-    except MLXZooError as error:
-        raise OSError(f"{entry.weights}: {error}") from error
-    _check_same_file(entry)
+    weights: dict[str, mx.array] = {}
+    for file in entry.files:
+        try:
+            weights |= read_safetensors(file, read_header(file))
+        except MLXZooError as error:
+            raise OSError(f"{file}: {error}") from error
+    _check_same_files(entry)
     return weights
 
 
-def state_of(path: Path) -> tuple[int, ...] | None:
+def state_of(path: Path) -> State | None:
     """Which file this is, its bytes, and its last change (ns), which nobody can set back."""
     try:
         stat = path.stat()
@@ -226,7 +296,8 @@ def store(
     sweep(path.parent, ".partial-*")
     work = working_folder(path.parent)
     try:
-        manifest = write_folder(work, weights, {"key": key, **manifest})
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        manifest = write_folder(work, weights, {"key": key, **manifest, "created": created})
         for written in (*work.iterdir(), work):
             _flush(written)
         for retry in (True, False):
@@ -239,7 +310,7 @@ def store(
                 if not retry:  # what was in the way, and damaged, was set aside just now
                     raise
         _flush(path.parent)
-        return Entry(path, manifest, state_of(path / WEIGHTS))
+        return Entry(path, manifest, (state_of(path / WEIGHTS),))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -252,25 +323,58 @@ def working_folder(parent: Path) -> Path:
 
 
 def write_folder(
-    folder: Path, weights: Mapping[str, mx.array], manifest: Mapping[str, Any]
+    folder: Path,
+    weights: Mapping[str, mx.array],
+    manifest: Mapping[str, Any],
+    max_shard_size: int | None = None,
 ) -> Mapping[str, Any]:
-    """Write weights and manifest into an existing folder; the manifest as written is returned."""
+    """Write weights and manifest into an existing folder; the manifest as written is returned.
+
+    Of more bytes of weights than `max_shard_size` there are several files. The same weights and
+    manifest give the same bytes.
+    """
     manifest = {"format": FORMAT, **manifest, "versions": versions()}
-    target = folder / WEIGHTS
-    sha256 = save(target, weights, _header_of(manifest))
-    manifest = {
-        **manifest,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "size": target.stat().st_size,
-        "sha256": sha256,
-    }
+    header, shards = _header_of(manifest), _shards(weights, max_shard_size)
+    names = [WEIGHTS] if len(shards) == 1 else [*_shard_names(len(shards))]
+    written: dict[str, dict[str, Any]] = {}
+    for name, shard in zip(names, shards, strict=True):
+        sha256 = save(folder / name, shard, header)
+        written[name] = {"size": (folder / name).stat().st_size, "sha256": sha256}
+    if len(shards) == 1:
+        manifest = {**manifest, **written[WEIGHTS]}
+    else:
+        size = sum(row["size"] for row in written.values())
+        joint = _joint_sha256([row["sha256"] for row in written.values()])
+        manifest = {**manifest, "size": size, "sha256": joint, "shards": written}
+        homes = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(x.nbytes for x in weights.values())
+        index = {"metadata": {"total_size": total}, "weight_map": homes}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
+def _shards(weights: Mapping[str, mx.array], limit: int | None) -> list[dict[str, mx.array]]:
+    """The weights in their order, as many together as `limit` allows in bytes; one at least."""
+    shards: list[dict[str, mx.array]] = [{}]
+    size = 0
+    for name, x in weights.items():
+        if limit is not None and shards[-1] and size + x.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = x
+        size += x.nbytes
+    return shards
+
+
+def _joint_sha256(hashes: Sequence[str | None]) -> str:
+    """One hash that stands for those of all shards."""
+    return hashlib.sha256(" ".join(map(str, hashes)).encode()).hexdigest()
+
+
 def _header_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What the header of the weights repeats of their manifest."""
-    later = ("created", "size", "sha256")
+    """What the headers of the weights repeat of their manifest."""
+    later = ("created", "size", "sha256", "shards")
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in manifest.items()}
     return {"layout": "mlx", **{k: text for k, text in texts.items() if k not in later}}
 

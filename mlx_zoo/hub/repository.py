@@ -62,12 +62,18 @@ def open_repository(
     root = cache_root(cache_dir)
     return Repository(
         source=source,
-        # Read now and handed to every call: the client itself reads it once, at import.
-        endpoint=(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"),
+        endpoint=hub_endpoint(),
         cache=Path(constants.HF_HUB_CACHE) if cache_dir is None else root / "hub",
         pins=Pins(root / "pins" / f"{source.repo.replace('/', '--')}.json", source.repo),
         offline=is_offline(local_files_only),
     )
+
+
+def hub_endpoint() -> str:
+    """The address of the hub. Read now and handed to every call: the client reads it at import."""
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,7 @@ class Repository:
         client_retries: bool = False,
     ) -> _T:
         """`ask`, with every answer looked at before the client acts on it."""
-        _check_endpoint(self.endpoint)
+        check_endpoint(self.endpoint)
 
         def watched() -> _T:
             # For each try: the client makes a new session when it likes.
@@ -279,7 +285,7 @@ class Repository:
 
 
 @once
-def _check_endpoint(endpoint: str) -> None:
+def check_endpoint(endpoint: str) -> None:
     """The hub that the user configured may be one without https. Nothing else may."""
     if is_permitted(endpoint):
         return
