@@ -13,18 +13,21 @@ from mlx_zoo import errors
 
 if TYPE_CHECKING:
     from mlx_zoo.backend.inference import optimize_for_inference
+    from mlx_zoo.exporting import export
     from mlx_zoo.quantization import quantize
     from mlx_zoo.registry import list_models
     from mlx_zoo.tasks import pipeline
     from mlx_zoo.tasks.generation import generate
+    from mlx_zoo.training import finetune
     from mlx_zoo.verify import verify
-    from mlx_zoo.zoo import convert, export, info, load
+    from mlx_zoo.zoo import convert, info, load
 
 __version__ = "0.1.0"
 __all__ = [
     "convert",
     "errors",
     "export",
+    "finetune",
     "generate",
     "info",
     "list_models",
@@ -39,7 +42,8 @@ __all__ = [
 # no longer than MLX does.
 _HOMES = {
     "convert": "zoo",
-    "export": "zoo",
+    "export": "exporting",
+    "finetune": "training",
     "generate": "tasks.generation",
     "info": "zoo",
     "list_models": "registry",

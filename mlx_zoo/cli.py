@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -223,34 +224,104 @@ def load(name: str, as_json: bool, verify: bool, **chosen: Any) -> None:
 @main.command()
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Compare with the original; the report goes along.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of weights.")
+@click.option("--upload-repo", metavar="ORG/NAME", help="Upload the folder to the hub, too.")
+@click.option("--private", is_flag=True, help="With --upload-repo: for those with a token alone.")
 @options(NETWORK, PLACE)
 @as_json
-def convert(name: str, folder: Path, as_json: bool, **chosen: Any) -> None:
-    """Write a self-contained FOLDER that `local-dir:FOLDER` loads."""
+def convert(
+    name: str,
+    folder: Path,
+    as_json: bool,
+    verify,
+    max_shard_size,
+    upload_repo,
+    private,
+    **chosen: Any,
+) -> None:
+    """Write a self-contained FOLDER, with a model card, that `local-dir:FOLDER` loads."""
+    if private and upload_repo is None:
+        raise click.UsageError("--private goes with --upload-repo")
     options = load_options(**chosen)
-    path = mlx_zoo.convert(name, folder, options.pop("pretrained"), **options)
+    path = mlx_zoo.convert(
+        name,
+        folder,
+        options.pop("pretrained"),
+        verify=verify,
+        max_shard_size=max_shard_size,
+        upload_repo=upload_repo,
+        private=private,
+        **options,
+    )
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    uploaded = upload_repo and f"hf-hub:{upload_repo}"
     if as_json:
-        show({"folder": str(path), "files": files})
-    else:
-        click.echo(legible(f"{path}: {', '.join(files)}\nload it with: local-dir:{path}"))
+        show({"folder": str(path), "files": files, "uploaded": uploaded})
+        return
+    click.echo(legible(f"{path}: {', '.join(files)}\nload it with: local-dir:{path}"))
+    if uploaded:
+        click.echo(f"or from the hub with: {uploaded}")
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[Any, Any, str | None], list[Any] | None]:
+    """A callback for an option with values between commas."""
+
+    def read(ctx: Any, param: Any, text: str | None) -> list[Any] | None:
+        try:
+            return None if text is None else [kind(word.strip()) for word in text.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: numbers with commas between") from None
+
+    return read
 
 
 @main.command()
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--dialect", help="Whose names to write: torchvision, timm, 'transformers, since 5', ..."
 )
+@click.option("--mlxfn", is_flag=True, help="The forward pass itself, whatever PATH ends in.")
+@click.option("--batch", callback=_list(int), metavar="1,8,64", help="Of the .mlxfn.  [default: 1]")
+@click.option("--length", callback=_list(int), metavar="64,128", help="Tokens of its texts.")
 @options(NETWORK, PLACE)
 @as_json
-def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: Any) -> None:
-    """Write a model's weights in PyTorch's names and layout (safetensors)."""
-    path = mlx_zoo.export(mlx_zoo.load(name, **load_options(**chosen)), file, dialect=dialect)
-    if as_json:
-        show({"file": str(path), "bytes": path.stat().st_size})
+def export(
+    name: str,
+    path: Path,
+    dialect: str | None,
+    mlxfn: bool,
+    batch: list[int] | None,
+    length: list[int] | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Write a model for PyTorch, or its forward pass for C++ and Swift.
+
+    PATH is a folder for the publisher's own library, one file of weights (.safetensors), or a
+    function (.mlxfn).
+    """
+    is_function = mlxfn or path.suffix == ".mlxfn"
+    given = [f"--{n}" for n, x in (("batch", batch), ("length", length)) if x]
+    if given and not is_function:
+        raise click.UsageError(f"{', '.join(given)}: of a function, PATH ends in .mlxfn then")
+    if dialect and is_function:
+        raise click.UsageError("--dialect: a function has none")
+    model = mlx_zoo.load(name, **load_options(**chosen))
+    if is_function:
+        from mlx_zoo.exporting import export_function
+
+        path = export_function(model, path, batch=batch or 1, length=length)
     else:
-        click.echo(f"{path}: {path.stat().st_size:,} bytes")
+        path = mlx_zoo.export(model, path, dialect=dialect)
+    files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
+    sizes = {str(x.relative_to(path.parent)): x.stat().st_size for x in files}
+    if as_json:
+        show({"path": str(path), "bytes": sum(sizes.values()), "files": sizes})
+        return
+    for file, size in sizes.items():
+        click.echo(legible(f"{path.parent / file}: {size:,} bytes"))
 
 
 @main.command()
@@ -264,6 +335,7 @@ def export(name: str, file: Path, dialect: str | None, as_json: bool, **chosen: 
     type=click.Choice(["original", "fingerprint", "published"]),
     help="Compare with this alone, not with the best that is at hand.",
 )
+@click.option("--gradients", is_flag=True, help="Every parameter's gradient against float64, too.")
 @click.option("--all", "every", is_flag=True, help="With --local: every converted model.")
 @click.option("--local", is_flag=True, help="With --all: what is in the cache, without network.")
 @click.option(
@@ -279,6 +351,7 @@ def verify(
     size,
     seed,
     evidence,
+    gradients: bool,
     every: bool,
     local: bool,
     html: Path | None,
@@ -288,7 +361,7 @@ def verify(
     if device == "gpu":  # MLX reads this once, at its first product there
         os.environ["MLX_ENABLE_TF32"] = "0"
     if every or local:
-        _check_is_a_sweep(name, every, local, size, chosen)
+        _check_is_a_sweep(name, every, local, size, {"gradients": gradients, **chosen})
         _verify_all(as_json, html, chosen["cache_dir"], device=device, seed=seed, evidence=evidence)
         return
     if name is None:
@@ -301,6 +374,7 @@ def verify(
         size=size,
         seed=seed,
         evidence=evidence,
+        gradients=gradients,
         **options,
     )
     if as_json:
@@ -608,6 +682,137 @@ def embed(
         click.echo(" ".join(f"{x:.6g}" for x in vector))
 
 
+def _warmup(ctx: Any, param: Any, text: str) -> int | float:
+    """Steps, or a part of all."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: steps as 100, or a part of all as 0.1") from None
+
+
+COURSE = (  # of a training run
+    click.option("--epochs", type=click.IntRange(1), default=3, show_default=True),
+    click.option("--max-steps", type=click.IntRange(1), help="Stop there, whatever the epoch."),
+    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
+    click.option("--accumulate", type=click.IntRange(1), default=1, help="Batches in a step."),
+    click.option(
+        "--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True
+    ),
+    click.option("--learning-rate", type=float, help="The optimiser's and method's, if not said."),
+    click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd."),
+    click.option(
+        "--betas", callback=_list(float), default="0.9,0.999", show_default=True, help="Of adamw."
+    ),
+    click.option("--weight-decay", type=float, default=0.01, show_default=True),
+    click.option(
+        "--schedule",
+        type=click.Choice(["cosine", "linear", "constant"]),
+        default="cosine",
+        show_default=True,
+        help="Of the learning rate, after the warm-up.",
+    ),
+    click.option(
+        "--warmup", callback=_warmup, default="0.1", show_default=True, help="Steps, or a part."
+    ),
+    click.option(
+        "--layer-decay", type=float, default=1.0, help="Learning rate by depth from the head."
+    ),
+    click.option(
+        "--clip-norm", type=click.FloatRange(0), default=1.0, show_default=True, help="0: off."
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+    ),
+    click.option("--augment/--no-augment", default=True, help="Vary images.  [default: yes]"),
+    click.option("--no-flip", is_flag=True, help="Never mirror images: text, digits, maps."),
+    click.option("--label-smoothing", type=float, default=0.0, show_default=True),
+    click.option("--mixup", type=float, default=0.0, help="Alpha by which images are mixed."),
+    click.option("--max-length", type=int, help="Tokens of a text."),
+    click.option("--evaluate-every", type=click.IntRange(1), help="Steps; an epoch, if not said."),
+    click.option("--patience", type=click.IntRange(1), help="Evaluations without a better one."),
+    click.option("--monitor", help="The metric by which the best is known: accuracy, loss, ..."),
+    click.option("--checkpoint-every", type=click.IntRange(1), help="Steps."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--val", metavar="DATA|PART", help="To evaluate with; 0.2: that part of DATA.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A folder for checkpoints, log, curves and the model. What was interrupted goes on.",
+)
+@click.option("--task", help="What the network is to do, where the data may be for several.")
+@click.option(
+    "--method", default="full", show_default=True, help="What learns: full, head, last-N, lora."
+)
+@click.option("--rank", type=click.IntRange(1), help="Of --method lora.")
+@options(COURSE)
+@as_json
+def finetune(
+    name: str, data: Path, val: str | None, method: Any, rank, as_json: bool, **chosen: Any
+) -> None:
+    """Train a pretrained network with DATA of your own.
+
+    DATA is a folder with a folder of images for each class, a .csv or .jsonl file with the columns
+    text, label (or image, label), or, for language models, a .txt file or a folder of them. The
+    head is made for the classes of the data. The same command with the same --output goes on where
+    it was interrupted.
+    """
+    from mlx_zoo.backend.processes import Crew
+    from mlx_zoo.training import Augmentation, LoRA
+
+    if rank is not None and method != "lora":
+        raise click.UsageError("--rank goes with --method lora")
+    if chosen.pop("no_flip") and chosen["augment"]:
+        chosen["augment"] = Augmentation(flip=0.0)
+    chosen["clip_norm"] = chosen["clip_norm"] or None
+    chosen["betas"] = tuple(chosen["betas"])
+    method = LoRA(rank=rank) if rank else method
+    result = mlx_zoo.finetune(name, data, _part_or_data(val), method=method, **chosen)
+    if Crew().rank:  # the first process tells
+        return
+    facts = {
+        "name": name,
+        "steps": result.history[-1]["step"] if result.history else 0,
+        **result.metrics,
+        "output": result.output and str(result.output),
+    }
+    if as_json:
+        show(facts)
+        return
+    console().print(Text(legible(str(result))))
+    if result.output is not None:
+        click.echo(legible(f"use it: {_use(result)}"))
+
+
+def _part_or_data(val: str | None) -> float | Path | None:
+    """A number is a part, unless there is a file of that name."""
+    if val is None or Path(val).expanduser().exists():
+        return None if val is None else Path(val)
+    try:
+        return float(val)
+    except ValueError:
+        return Path(val)
+
+
+def _use(result: Any) -> str:
+    """The command that uses what was trained."""
+    task = registry.of_model(result.model)
+    folder = shlex.quote(f"local-dir:{result.output / 'model'}")
+    if task.inputs == "images":
+        return f"mlx-zoo predict {folder} image.png"
+    if result.model.config.task == "text-generation":
+        return f"mlx-zoo generate {folder} 'a beginning'"
+    return f"mlx-zoo predict {folder} 'a text'"
+
+
 @main.group()
 def cache() -> None:
     """The converted weights that are kept."""
@@ -705,18 +910,6 @@ def conformance(as_json: bool, markdown: bool, device, only, seed) -> None:
         console().print(report)
     if not report.passed:
         sys.exit(1)
-
-
-def _list(kind: Callable[[str], Any]) -> Callable[[Any, Any, str | None], list[Any] | None]:
-    """A callback for an option with values between commas."""
-
-    def read(ctx: Any, param: Any, text: str | None) -> list[Any] | None:
-        try:
-            return None if text is None else [kind(word.strip()) for word in text.split(",")]
-        except ValueError:
-            raise click.BadParameter(f"{text!r}: numbers with commas between") from None
-
-    return read
 
 
 @main.command()

@@ -59,6 +59,8 @@ def quantize(model: nn.Module, bits: int = 8, *, group_size: int = 64) -> nn.Mod
         raise ValueError("this network is optimised for inference: quantise its .original")
     if getattr(model, "quantization", None) is not None:
         raise ValueError("this network is quantised already")
+    if getattr(model, "lora", None) is not None:
+        raise ValueError("this network has adapters (LoRA): merge_lora(model) before, or add later")
     found = {
         name: layer
         for name, layer in model.named_modules()

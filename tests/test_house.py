@@ -47,9 +47,14 @@ ARROWS = {
     "converting": (
         *("describe", "registry", "catalogue", "errors", "hub", "mapping", "quantization"),
     ),
+    "publishing": ("describe", "registry", "catalogue", "hub", "mapping"),
     "zoo": (
         *("converting", "describe", "registry", "catalogue", "errors", "hub", "mapping"),
-        *("quantization", "backend"),
+        *("quantization", "backend", "publishing"),
+    ),
+    "exporting": (
+        *("describe", "registry", "catalogue", "errors", "hub", "mapping", "preprocess"),
+        *("models.layers", "backend"),
     ),
     "verify": (
         "zoo",
@@ -66,6 +71,10 @@ ARROWS = {
         "models",  # what operations they use
     ),
     "tasks": ("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub", "backend"),
+    "training": (
+        *("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub", "mapping"),
+        *("quantization", "tasks", "models", "backend", "verify.markup"),
+    ),
     "benchmark": (
         *("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "verify", "tasks"),
         "backend",
@@ -370,11 +379,14 @@ def cli_commands():
         "load": ["load", "resnet_digits"],
         "convert": ["convert", "resnet_digits", "{tmp}/folder"],
         "export": ["export", "resnet_digits", "{tmp}/weights.safetensors"],
+        "export folder": ["export", "resnet_digits", "{tmp}/folder"],
+        "export function": ["export", "gpt2_docs", "{tmp}/net.mlxfn", "--length", "8,16"],
         "predict": ["predict", "resnet_digits", "{tmp}/image.png"],
         "predict gpt2": ["predict", "gpt2_docs", "Return the", "A"],
         "generate": ["generate", "gpt2_docs", "Return the", "--max-tokens", "5"],
         "list --families": ["list", "--families"],
         "embed": ["embed", "local-dir:{minilm}", "a sentence"],
+        "finetune": ["finetune", "resnet_digits", "{tmp}/images.csv", "--max-steps", "1"],
         "cache list": ["cache", "list"],
         "cache verify": ["cache", "verify"],
         "cache prune": ["cache", "prune"],
@@ -386,6 +398,7 @@ def cli_commands():
 def test_a_command_runs_without_torch(command, form, tmp_path, minilm):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
+    (tmp_path / "images.csv").write_text("image,label\nimage.png,a\nimage.png,b\n")
     words = [word.format(tmp=tmp_path, minilm=minilm) for word in command]
     printed, found = run(CLI, *words, *(["--json"] if form == "json" else []))
     assert printed.strip()

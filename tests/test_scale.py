@@ -24,9 +24,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import mlx_zoo
+from mlx_zoo.backend import processes
 from mlx_zoo.cli import main
 from mlx_zoo.errors import MLXZooError
-from mlx_zoo.tasks import jobs
 from mlx_zoo.tasks.batches import AHEAD, SHARED, Failure, Windows, answers
 from mlx_zoo.tasks.blocks import Block, Part, read_blocks
 from mlx_zoo.tasks.images import Images
@@ -787,7 +787,7 @@ def test_processes_with_other_work_do_not_share_it(folder, tmp_path):
 
 
 def test_what_is_not_launched_is_alone(monkeypatch):
-    for name in jobs.LAUNCHED:
+    for name in processes.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("mlx.core.distributed.init", lambda: 1 / 0)
-    assert (jobs.Crew().rank, jobs.Crew().size) == (0, 1)
+    assert (processes.Crew().rank, processes.Crew().size) == (0, 1)

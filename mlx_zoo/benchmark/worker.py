@@ -174,7 +174,7 @@ class Zoo(MLX):
 
     def save(self, path: str) -> None:
         """A checkpoint in PyTorch's names and layout."""
-        from mlx_zoo.zoo import export
+        from mlx_zoo.exporting import export
 
         export(self.model, path)
 

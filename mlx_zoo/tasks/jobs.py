@@ -20,15 +20,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_zoo.backend.inference import original_of
+from mlx_zoo.backend.processes import Crew
 from mlx_zoo.errors import MLXZooError
 from mlx_zoo.hub import cache
 from mlx_zoo.tasks.batches import Windows, check_count, progress
@@ -42,8 +41,6 @@ VECTORS = ("image-feature-extraction", "sentence-embedding")
 LABELS = ("image-classification", "fill-mask", "text-classification", "token-classification")
 FORMATS = (".jsonl", ".npy", ".safetensors")  # the first of any answers, the others of vectors
 NAMED = 20  # failures that a summary names; the output tells of all
-# One of these is in the environment of a process that mlx.launch or mpirun has started.
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -116,7 +113,7 @@ def answer_all(
         crew.meet()  # nothing is written before all have seen what there is
         before = sum(answered.values())
         with progress(source.count, shown=crew.size == 1, done=before) as advance:
-            windows = Windows(source, crew.turns(answered), on_error == "stop", advance)
+            windows = Windows(source, _turns(answered, crew), on_error == "stop", advance)
             with closing(pipeline(windows, **options)) as found:
                 for window in found:
                     part.append(window, source, task)
@@ -250,55 +247,7 @@ def _told(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-# Who answers it ---------------------------------------------------------------------------------
-
-
-class Crew:
-    """The processes that share the work, by MLX's own backends; one that was not launched is alone.
-
-    One that dies closes its connections, and the others learn of it where they next meet. (They do
-    not learn of one that hangs: `mlx.launch` waits for it, too.)
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.size, self.meetings = 0, 1, 0
-        hosts = os.environ.get("MLX_HOSTFILE")
-        if hosts and not Path(hosts).read_text().strip():
-            return  # `mlx.launch -n 1` writes it so, and MLX does not read it
-        if any(name in os.environ for name in LAUNCHED):
-            try:
-                group = mx.distributed.init()
-            except RuntimeError as error:
-                raise MLXZooError(f"the other processes cannot be reached: {error}") from error
-            self.rank, self.size = group.rank(), group.size()
-
-    def meet(self, words: Iterable[int] = ()) -> np.ndarray:
-        """Wait for all; (processes, words) of what each says. MLXZooError where one is gone."""
-        said = np.array([*words], np.uint32)
-        if self.size == 1:
-            return said[None]
-        # Where a connection is lost, the ring of MLX 0.32 may give what the memory held before: the
-        # number of the meeting shows what is new.
-        self.meetings += 1
-        mine = np.concatenate([np.array([self.meetings, self.rank], np.uint32), said])
-        try:
-            found = np.array(mx.distributed.all_gather(mx.array(mine[None])))
-        except RuntimeError:
-            found = mine[None]
-        wanted = [[self.meetings, rank] for rank in range(self.size)]
-        if not np.array_equal(found[:, :2], wanted):
-            raise MLXZooError(
-                "another process ended early: what is done is kept, the same command goes on"
-            )
-        return found[:, 2:]
-
-    def agree(self, work: Mapping[str, Any]) -> None:
-        """Raise MLXZooError unless all processes have the same work."""
-        digest = sha256(json.dumps(work, sort_keys=True).encode()).digest()
-        if len(np.unique(self.meet(np.frombuffer(digest, np.uint32)), axis=0)) > 1:
-            raise MLXZooError("the processes do not have the same inputs, network and options")
-
-    def turns(self, answered: Iterable[int]) -> Callable[[int], bool]:
-        """Whether a window is for this process: what nobody has answered is dealt out in turn."""
-        turn, known = count(), {*answered}
-        return lambda first: first not in known and next(turn) % self.size == self.rank
+def _turns(answered: Iterable[int], crew: Crew) -> Callable[[int], bool]:
+    """Whether a window is for this process: what nobody has answered is dealt out in turn."""
+    turn, known = count(), {*answered}
+    return lambda first: first not in known and next(turn) % crew.size == crew.rank
