@@ -38,6 +38,7 @@ NEEDS_NO_CASE = {
     **dict.fromkeys(
         ("mx.custom_function", "mx.vjp", "mx.jvp", "mx.vmap"), "about gradients: test_ops"
     ),
+    "mx.stop_gradient": "about gradients: test_gradients, test_train_mode",
     "x.split": "of strings",
     "mx.load": "a file's bytes: the hub's tests",
     "nn.Module": "a class without arithmetic",

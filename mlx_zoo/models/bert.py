@@ -16,6 +16,7 @@ from mlx_zoo.models.layers import (
     ACTIVATIONS,
     MLP,
     Attention,
+    LayerNorm,
     as_array,
     causal,
     check_choice,
@@ -66,6 +67,7 @@ class BertConfig:
     mlp_dims: int = 3072
     max_positions: int = 512
     type_vocab_size: int = 2
+    padding_id: int | None = 0  # the token whose embedding is not learnt
     norm_eps: float = 1e-12
     act: str = "gelu"
     dropout: float = 0.1
@@ -120,9 +122,9 @@ class Block(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.attn = Attention(config.dims, config.num_heads, config.attention_dropout)
-        self.norm1 = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm1 = LayerNorm(config.dims, config.norm_eps)
         self.mlp = MLP(config.dims, config.mlp_dims, config.act)
-        self.norm2 = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm2 = LayerNorm(config.dims, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
@@ -137,7 +139,7 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.act = ACTIVATIONS[config.act]
         self.dense = nn.Linear(config.dims, config.dims)
-        self.norm = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm = LayerNorm(config.dims, config.norm_eps)
         if config.tied:
             self.bias = mx.zeros(config.vocab_size)
         else:
@@ -167,7 +169,7 @@ class Bert(nn.Module):
         self.word_embed = nn.Embedding(config.vocab_size, config.dims)
         self.position_embed = nn.Embedding(config.max_positions, config.dims)
         self.token_type_embed = nn.Embedding(config.type_vocab_size, config.dims)
-        self.norm = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm = LayerNorm(config.dims, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.num_layers)]
         self.dense = [nn.Linear(d.in_dims, d.out_dims, d.bias) for d in config.dense]
@@ -220,7 +222,11 @@ class Bert(nn.Module):
             check_same_shape(token_type_ids, input_ids, "token_type_ids")
             check_integers(token_type_ids, "token_type_ids")
             check_range(token_type_ids, self.config.type_vocab_size, "token type")
-        x = self.word_embed(input_ids) + self.token_type_embed(token_type_ids)
+        x = self.word_embed(input_ids)
+        if self.config.padding_id is not None:  # it learns as a word to be predicted alone
+            is_padding = (input_ids == self.config.padding_id)[..., None]
+            x = mx.where(is_padding, mx.stop_gradient(x), x)
+        x = x + self.token_type_embed(token_type_ids)
         x = x + self.position_embed(mx.arange(input_ids.shape[1]))
         x = self.dropout(self.norm(x))
 

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_zoo.backend.ops import spatial_mean
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
+    BatchNorm,
     Conv2d,
     DropPath,
     as_images,
@@ -69,8 +70,11 @@ class EfficientNetConfig:
     padding: str = "symmetric"  # or "same", "even"
     symmetric_blocks: tuple[int, ...] = ()  # that pad so in any case, counted through all stages
     norm_eps: float = 1e-5
+    norm_momentum: float = 0.1  # a batch's part in the running statistics
+    inner_momentum: float | None = None  # that of inverted blocks' first norm; None: the same
     dropout: float = 0.2
     drop_path: float = 0.2  # towards which the rate of the blocks grows from 0
+    drops_values: bool = False  # single values at that rate, not an image's whole branch
     num_classes: int = 1000  # 0 leaves the head out
     in_chans: int = 3
 
@@ -84,6 +88,9 @@ class EfficientNetConfig:
             raise ValueError("stages=(): at least one is needed")
         check_choice("act", self.act, ACTIVATIONS)
         check_choice("padding", self.padding, PADDINGS)
+        for name in ("norm_momentum", "inner_momentum"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a part of 1 is needed")
         for width in (self.stem_width, self.head_width, self.in_chans):
             check_count("a width", width, 1, most=2**20)
         check_count("num_classes", self.num_classes)
@@ -149,6 +156,10 @@ def conv1x1(in_dims: int, out_dims: int) -> Conv2d:
     return Conv2d(in_dims, out_dims, 1, bias=False)
 
 
+def batch_norm(dims: int, config: EfficientNetConfig) -> BatchNorm:
+    return BatchNorm(dims, config.norm_eps, config.norm_momentum)
+
+
 class SqueezeExcite(nn.Module):
     """Channels weighted by what all pixels together say. (B, H, W, C) -> (B, H, W, C)."""
 
@@ -169,7 +180,8 @@ class Block(nn.Module):
     def __init__(self, block: BlockConfig, config: EfficientNetConfig):
         super().__init__()
         self.act = ACTIVATIONS[config.act]
-        self.drop_path = DropPath(block.drop_path)
+        drop = nn.Dropout if config.drops_values else DropPath
+        self.drop_path = drop(block.drop_path)
         self.residual = block.residual
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -191,14 +203,16 @@ class Inverted(Block):
 
     def __init__(self, block: BlockConfig, config: EfficientNetConfig):
         super().__init__(block, config)
-        dims, eps = block.hidden, config.norm_eps
+        dims = block.hidden
         self.conv_pw = conv1x1(block.in_dims, dims)
-        self.bn1 = nn.BatchNorm(dims, eps)
+        self.bn1 = batch_norm(dims, config)
+        if config.inner_momentum is not None:
+            self.bn1.momentum = config.inner_momentum
         self.conv_dw = Conv(dims, dims, block.kernel, block.stride, block.padding, groups=dims)
-        self.bn2 = nn.BatchNorm(dims, eps)
+        self.bn2 = batch_norm(dims, config)
         self.se = squeeze_excite(block, config)
         self.conv_pwl = conv1x1(dims, block.out_dims)
-        self.bn3 = nn.BatchNorm(block.out_dims, eps)
+        self.bn3 = batch_norm(block.out_dims, config)
 
     def branch(self, x: mx.array) -> mx.array:
         x = self.act(self.bn1(self.conv_pw(x)))
@@ -211,12 +225,12 @@ class Separable(Block):
 
     def __init__(self, block: BlockConfig, config: EfficientNetConfig):
         super().__init__(block, config)
-        dims, eps = block.in_dims, config.norm_eps
+        dims = block.in_dims
         self.conv_dw = Conv(dims, dims, block.kernel, block.stride, block.padding, groups=dims)
-        self.bn1 = nn.BatchNorm(dims, eps)
+        self.bn1 = batch_norm(dims, config)
         self.se = squeeze_excite(block, config)
         self.conv_pw = conv1x1(dims, block.out_dims)
-        self.bn2 = nn.BatchNorm(block.out_dims, eps)
+        self.bn2 = batch_norm(block.out_dims, config)
 
     def branch(self, x: mx.array) -> mx.array:
         x = self.act(self.bn1(self.conv_dw(x)))
@@ -228,12 +242,12 @@ class Fused(Block):
 
     def __init__(self, block: BlockConfig, config: EfficientNetConfig):
         super().__init__(block, config)
-        dims, eps = block.hidden, config.norm_eps
+        dims = block.hidden
         self.conv_exp = Conv(block.in_dims, dims, block.kernel, block.stride, block.padding)
-        self.bn1 = nn.BatchNorm(dims, eps)
+        self.bn1 = batch_norm(dims, config)
         self.se = squeeze_excite(block, config)
         self.conv_pwl = conv1x1(dims, block.out_dims)
-        self.bn2 = nn.BatchNorm(block.out_dims, eps)
+        self.bn2 = batch_norm(block.out_dims, config)
 
     def branch(self, x: mx.array) -> mx.array:
         x = self.act(self.bn1(self.conv_exp(x)))
@@ -246,7 +260,7 @@ class ConvBlock(Block):
     def __init__(self, block: BlockConfig, config: EfficientNetConfig):
         super().__init__(block, config)
         self.conv = Conv(block.in_dims, block.out_dims, block.kernel, block.stride, block.padding)
-        self.bn1 = nn.BatchNorm(block.out_dims, config.norm_eps)
+        self.bn1 = batch_norm(block.out_dims, config)
 
     def branch(self, x: mx.array) -> mx.array:
         return self.act(self.bn1(self.conv(x)))
@@ -268,13 +282,13 @@ class EfficientNet(nn.Module):
         self.config = config
         self.act = ACTIVATIONS[config.act]
         self.conv_stem = Conv(config.in_chans, config.stem_width, 3, 2, config.padding)
-        self.bn1 = nn.BatchNorm(config.stem_width, config.norm_eps)
+        self.bn1 = batch_norm(config.stem_width, config)
         self.blocks = [
             [BLOCKS[stage.kind](block, config) for block in blocks]
             for stage, blocks in zip(config.stages, plan(config), strict=True)
         ]
         self.conv_head = conv1x1(config.stages[-1].width, config.head_width)
-        self.bn2 = nn.BatchNorm(config.head_width, config.norm_eps)
+        self.bn2 = batch_norm(config.head_width, config)
         self.dropout = nn.Dropout(config.dropout)
 
         self.num_features = config.head_width

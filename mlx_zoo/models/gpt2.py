@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_zoo.models.layers import (
     MLP,
     Attention,
+    LayerNorm,
     as_array,
     causal,
     check_count,
@@ -157,9 +158,9 @@ class Block(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         scale = config.attention_scale(layer)
-        self.norm1 = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm1 = LayerNorm(config.dims, config.norm_eps)
         self.attn = Attention(config.dims, config.num_heads, config.attention_dropout, scale=scale)
-        self.norm2 = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm2 = LayerNorm(config.dims, config.norm_eps)
         self.mlp = MLP(config.dims, config.mlp_dims, config.act)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -185,7 +186,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.max_positions, config.dims)
         self.dropout = nn.Dropout(config.embed_dropout)
         self.blocks = [Block(config, layer) for layer in range(config.num_layers)]
-        self.norm = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm = LayerNorm(config.dims, config.norm_eps)
         self.head_dropout = nn.Dropout(config.classifier_dropout)
         self.config = config
         self.reset_head(config.num_classes)

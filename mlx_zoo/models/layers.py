@@ -115,18 +115,58 @@ def hidden(visible: mx.array, dtype: mx.Dtype) -> mx.array:
 class MLP(nn.Module):
     """Two linear layers with an activation between them. (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dims: int, hidden_dims: int, act: str = "gelu"):
+    def __init__(self, dims: int, hidden_dims: int, act: str = "gelu", dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dims, hidden_dims)
         self.fc2 = nn.Linear(hidden_dims, dims)
         self.act = ACTIVATIONS[act]
+        self.dropout = nn.Dropout(dropout)  # between the layers
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization (Ba et al. 2016, arXiv:1607.06450), whose gradients are right on CUDA."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.get("bias"), self.eps)
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167). (..., C) -> (..., C).
+
+    In training by the statistics of the batch. The running ones move towards them by a part
+    `momentum`, the variance as one estimates it without bias; they are float32 from then on.
+    """
+
+    # Sums an array over the processes among which a batch is divided; None: it is whole.
+    over_processes: Callable[[mx.array], mx.array] | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training:
+            return super().__call__(x).astype(x.dtype)
+        if self.over_processes is None and x.size == x.shape[-1]:
+            raise ValueError(
+                f"a batch of shape {tuple(x.shape)} has one value of each channel: in training "
+                "BatchNorm needs two; give more or larger images, or leave it in eval mode"
+            )
+        y, mean, var, count = ops.batch_norm(
+            x, self.weight, self.bias, self.eps, self.over_processes
+        )
+        mean, var = mx.stop_gradient(mean), mx.stop_gradient(var * (count / (count - 1)))
+        self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+        self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var
+        return y
 
 
 class Conv2d(nn.Conv2d):
     """A convolution, computed in the way that is fastest on the device. (B, H, W, C)."""
+
+    def __init__(self, *sizes: Any, dilation: int = 1, **options: Any):
+        if dilation != 1:
+            raise ValueError(f"dilation={dilation}: this convolution has none")
+        super().__init__(*sizes, **options)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.convolve(x, self.padding)

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_zoo.backend.ops import spatial_mean
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
+    BatchNorm,
     Conv2d,
     DropPath,
     MaxPool2d,
@@ -49,6 +50,7 @@ class ResNetConfig:
     avg_down: bool = False  # shortcuts take the mean of what they would skip (D)
     se_ratio: float = 0.0  # channels inside a squeeze-excite, as a part of the block's; 0: none
     drop_path: float = 0.0  # stochastic depth in training: of the last block, the first has none
+    dropout: float = 0.0  # of the pooled, before the head
     num_classes: int = 1000  # 0 leaves the head out
     in_chans: int = 3
 
@@ -70,7 +72,7 @@ class ResNetConfig:
             check_count("depths", depth, 1, most=1000)
         for width in (*self.widths, self.stem_width, self.groups, self.base_width, self.in_chans):
             check_count("a width", width, 1, most=2**20)
-        for name in ("se_ratio", "drop_path"):
+        for name in ("se_ratio", "drop_path", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a part of 1 is needed")
         check_count("num_classes", self.num_classes)
@@ -200,7 +202,7 @@ def group_norm(dims: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, dims, pytorch_compatible=True)
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm, "group": group_norm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm, "group": group_norm}
 ANTI_ALIASES: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
     "average": lambda: nn.AvgPool2d(2),
@@ -341,6 +343,7 @@ class ResNet(nn.Module):
                 dims = width * block.expansion
             self[f"layer{i + 1}"] = stage
 
+        self.dropout = nn.Dropout(config.dropout)
         self.num_features = dims
         self.reset_head(config.num_classes)
         he_normal: Callable[..., mx.array] = nn.init.he_normal()
@@ -349,7 +352,7 @@ class ResNet(nn.Module):
                 module.weight = he_normal(module.weight, mode="fan_out", gain=math.sqrt(2))
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.features(x)
+        x = self.dropout(self.features(x))
         return self.fc(x) if self.config.num_classes else x
 
     def features(self, x: mx.array) -> mx.array:

@@ -22,6 +22,7 @@ from mlx_zoo.models.layers import (
     MLP,
     Attention,
     DropPath,
+    LayerNorm,
     as_images,
     check_choice,
     check_count,
@@ -56,8 +57,11 @@ class ViTConfig:
     pool: str = "token"  # the class token; or "avg" of the patches, or "map": attention pooling
     final_norm: bool = True
     fc_norm: bool | None = None  # the final norm is that of the pooled; None: if pool is "avg"
-    dropout: float = 0.0
+    dropout: float = 0.0  # of what attention and the MLP give, and of the embedded tokens
+    embed_dropout: float | None = None  # of these; None: as `dropout`
+    mlp_dropout: float = 0.0  # between the MLP's layers, where transformers has none
     attention_dropout: float = 0.0
+    head_dropout: float = 0.0  # of the pooled, before the head
     drop_path: float = 0.0  # of the last block; it grows linearly from 0
 
     def __post_init__(self):
@@ -340,25 +344,26 @@ def layer_scale(dims: int, start: float | None) -> nn.Module:
 class GatedMLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202). fc1 holds the gate, then what it gates."""
 
-    def __init__(self, dims: int, hidden_dims: int, act: str):
+    def __init__(self, dims: int, hidden_dims: int, act: str, dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dims, 2 * hidden_dims)
         self.fc2 = nn.Linear(hidden_dims, dims)
         self.act = ACTIVATIONS[act]
+        self.dropout = nn.Dropout(dropout)  # between the layers
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, x = mx.split(self.fc1(x), 2, axis=-1)
-        return self.fc2(self.act(gate) * x)
+        return self.fc2(self.dropout(self.act(gate) * x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ViTConfig, drop_path: float):
         super().__init__()
         dims, mlp = config.dims, GatedMLP if config.gated else MLP
-        self.norm1 = nn.LayerNorm(dims, config.norm_eps)
+        self.norm1 = LayerNorm(dims, config.norm_eps)
         self.attn = Attention(dims, config.num_heads, config.attention_dropout, config.qkv_bias)
-        self.norm2 = nn.LayerNorm(dims, config.norm_eps)
-        self.mlp = mlp(dims, config.mlp_dims, config.act)
+        self.norm2 = LayerNorm(dims, config.norm_eps)
+        self.mlp = mlp(dims, config.mlp_dims, config.act, config.mlp_dropout)
         self.ls1, self.ls2 = (layer_scale(dims, config.layer_scale) for _ in range(2))
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
@@ -376,7 +381,7 @@ class AttentionPool(nn.Module):
         self.latent = mx.random.normal((1, 1, config.dims), scale=config.dims**-0.5)
         self.attn = Attention(config.dims, config.num_heads)
         self.attn.projects_together = False
-        self.norm = nn.LayerNorm(config.dims, config.norm_eps)
+        self.norm = LayerNorm(config.dims, config.norm_eps)
         self.mlp = MLP(config.dims, config.mlp_dims, config.act)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -402,7 +407,7 @@ class ViT(nn.Module):
         num_positions = num_patches + (0 if config.patch_positions_only else num_prefix)
 
         def norm(there: bool) -> nn.Module:
-            return nn.LayerNorm(dims, config.norm_eps) if there else nn.Identity()
+            return LayerNorm(dims, config.norm_eps) if there else nn.Identity()
 
         self.patch_embed = nn.Conv2d(config.in_chans, dims, patch, patch, bias=not config.pre_norm)
         if config.class_token:
@@ -412,7 +417,8 @@ class ViT(nn.Module):
         if config.num_registers:
             self.reg_token = mx.random.normal((1, config.num_registers, dims), scale=0.02)
         self.pos_embed = mx.random.normal((1, num_positions, dims), scale=0.02)
-        self.dropout = nn.Dropout(config.dropout)
+        first = config.dropout if config.embed_dropout is None else config.embed_dropout
+        self.dropout = nn.Dropout(first)
         self.norm_pre = norm(config.pre_norm)
         last = max(config.num_layers - 1, 1)
         self.blocks = [Block(config, config.drop_path * i / last) for i in range(config.num_layers)]
@@ -420,6 +426,7 @@ class ViT(nn.Module):
         if config.pool == "map":
             self.attn_pool = AttentionPool(config)
         self.fc_norm = norm(config.final_norm and config.norms_pooled)
+        self.head_dropout = nn.Dropout(config.head_dropout)
 
         self.num_features = dims
         self.reset_head(config.num_classes)
@@ -435,8 +442,9 @@ class ViT(nn.Module):
         if not self.config.num_classes:
             return self.pool(x)
         if self.config.dist_head:
-            return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
-        return self.head(self.pool(x))
+            taught = self.head_dist(self.head_dropout(x[:, 1]))
+            return (self.head(self.head_dropout(x[:, 0])) + taught) / 2
+        return self.head(self.head_dropout(self.pool(x)))
 
     def encode(self, x: mx.array) -> mx.array:
         """Images -> tokens (B, N, D): class token, distillation token, registers, patches."""

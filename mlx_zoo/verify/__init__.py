@@ -25,6 +25,7 @@ from mlx_zoo.verify.cached import sweep
 from mlx_zoo.verify.circumstances import circumstances
 from mlx_zoo.verify.device import on_another_device, undisturbed
 from mlx_zoo.verify.evidence import KINDS, Evidence
+from mlx_zoo.verify.gradients import find_truth
 from mlx_zoo.verify.original import run_original
 from mlx_zoo.verify.preprocessing import compare_preprocessing
 from mlx_zoo.verify.published import Published, are_published, find_published
@@ -42,6 +43,7 @@ def verify(
     size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    gradients: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     **options,
@@ -65,6 +67,8 @@ def verify(
         seed: of the inputs.
         device: "cpu", or "gpu" for the default device, whose float32 may not be real float32. Its
             report has the comparison on the CPU beside it.
+        gradients: also compare the gradient of every parameter with PyTorch's in float64, in train
+            mode without dropout: `report.gradients`. The evidence must be the original.
 
     Returns:
         A Report; `.passed` says whether it is the same network, `.first_divergence` where not.
@@ -87,10 +91,11 @@ def verify(
         _check_is_the_checkpoints(model)
         asked = {"evidence": evidence, "size": size, "seed": seed or None}
         asked["device"] = None if device == "cpu" else device
+        asked["gradients"] = gradients or None
         call = {"pretrained": pretrained, **options, **asked}
         facts = circumstances(model.checkpoint, given, call)
         with _in_eval_mode(model):
-            report = _verified(model, place, evidence, size, seed, device, facts)
+            report = _verified(model, place, evidence, size, seed, device, gradients, facts)
     return replace(report, seconds=time.perf_counter() - start)
 
 
@@ -161,10 +166,14 @@ def _verified(
     size: int | None,
     seed: int,
     device: str,
+    gradients: bool,
     facts: Mapping[str, Any],
 ) -> Report:
     """The report of a network in eval mode, `facts` in it; kept beside its weights if possible."""
     found: Evidence | Published | None = None
+    truth = None
+    if gradients:
+        evidence = _evidence_of_gradients(model, evidence)
     if getattr(model, "quantization", None) is not None:
         if evidence is not None or size is not None:
             said = f"size={size}" if evidence is None else f"evidence={evidence!r}"
@@ -176,9 +185,14 @@ def _verified(
     else:
         found, notes = _find(original_of(model), place, evidence, size, seed)
         preprocessing = _preprocessing(model.checkpoint, seed, place)
+        if gradients:
+            with mx.stream(mx.cpu):
+                truth = find_truth(original_of(model), place, size, seed)
 
         def run(device: str) -> Report:
             report = found.report(model, _precision(model), device)
+            if truth is not None:
+                report = replace(report, gradients=truth.judge(model))
             more = () if report.passed else _explained(model, report)
             if fused := getattr(model, "fused", ()):
                 layers = f"{len(fused)} layers are fused, and judged by what follows them"
@@ -201,6 +215,22 @@ def _verified(
             f"{report.name}: MLX cannot compute it here ({said}). On the cpu: {report.reason}",
             report,
         ) from error
+
+
+def _evidence_of_gradients(model: nn.Module, evidence: str | None) -> str:
+    """The only kind that has them. Raises ValueError where there is nothing to differentiate."""
+    if evidence not in (None, "original"):
+        raise ValueError(f"evidence={evidence!r} has no gradients: the original alone does")
+    if getattr(model, "quantization", None) is not None:
+        raise ValueError("gradients=True: a quantised network has none of its weights")
+    if getattr(model, "fused", ()):
+        raise ValueError("gradients=True: this network is optimised for inference; load it anew")
+    if (precision := _precision(model)) != "float32":
+        raise ValueError(
+            f"gradients=True: they are compared in float32, this network is of {precision}; load "
+            'it with dtype="float32"'
+        )
+    return "original"
 
 
 # Evidence ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def run(
     """Outputs by name, and what each of `layers` gave, in the order of execution."""
     with lanes.single(), _recording(model, frozenset(layers)) as seen:
         output = model(*(mx.array(x) for x in inputs.values()))
-    return {name: as_numpy(x) for name, x in _outputs(output)}, {
+    return {name: as_numpy(x) for name, x in named(output)}, {
         name: as_numpy(x) for name, x in seen.items()
     }
 
@@ -30,7 +30,7 @@ def shapes(
     """As `run`, but only the shapes: MLX is lazy, and nothing is computed."""
     with ops.plain(), _recording(model, frozenset(layers)) as seen:
         output = model(*(mx.array(x) for x in inputs.values()))
-    return {name: x.shape for name, x in _outputs(output)}, {n: x.shape for n, x in seen.items()}
+    return {name: x.shape for name, x in named(output)}, {n: x.shape for n, x in seen.items()}
 
 
 def as_numpy(x: mx.array) -> np.ndarray:
@@ -77,7 +77,8 @@ def random_inputs(
     return inputs
 
 
-def _outputs(output: Any) -> Iterator[tuple[str, mx.array]]:
+def named(output: Any) -> Iterator[tuple[str, mx.array]]:
+    """What a network returns, by name."""
     if not hasattr(output, "_asdict"):
         yield "output", output
         return

@@ -316,19 +316,19 @@ row(
 
 
 def batch_norm(x, mean, var, w, b, *, eps):
-    layer = nn.BatchNorm(x.shape[-1], eps)
+    layer = layers.BatchNorm(x.shape[-1], eps)
     return filled(layer, weight=w, bias=b, running_mean=mean, running_var=var)(x)
 
 
 def batch_norm_training(x, mean, var, w, b, *, eps, momentum):
-    layer = nn.BatchNorm(x.shape[-1], eps, momentum)
+    layer = layers.BatchNorm(x.shape[-1], eps, momentum)
     filled(layer, weight=w, bias=b, running_mean=mean, running_var=var).train()
     y = layer(x)
     return y, mx.stop_gradient(layer.running_mean), mx.stop_gradient(layer.running_var)
 
 
 def layer_norm(x, w, b, *, eps):
-    return filled(nn.LayerNorm(x.shape[-1], eps), weight=w, bias=b)(x)
+    return filled(layers.LayerNorm(x.shape[-1], eps), weight=w, bias=b)(x)
 
 
 def group_norm(x, w, b, *, groups, eps):

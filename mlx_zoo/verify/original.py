@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -13,7 +14,7 @@ from mlx_zoo.catalogue import Architecture
 from mlx_zoo.describe import Place
 from mlx_zoo.errors import VerificationError
 from mlx_zoo.hub.checkpoint import is_safetensors, read_state_dict
-from mlx_zoo.hub.fetch import fetch_weights
+from mlx_zoo.hub.fetch import Fetched, fetch_weights
 from mlx_zoo.mapping import engine
 from mlx_zoo.mapping.layout import channels_last
 from mlx_zoo.verify import compare, reference
@@ -53,12 +54,7 @@ def run_original(
     shown = compare.image_size(model, size) if architecture.inputs == "images" else size or 64
     inputs = compare.random_inputs(architecture.inputs, model.config, shown, seed)
 
-    fetched = fetch_weights(describe.source_of(checkpoint), **place.options)
-    for path in fetched.weights:
-        if not is_safetensors(path):
-            read_state_dict([path])  # no pickle is PyTorch's before it was ours
-    files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
-    original = reference.build(checkpoint, model.config, files, fetched.weights)
+    original, fetched = build_original(model, place)
     pairs = _pairs(model, architecture, original)
     upstream = {pair.theirs for pair in pairs.values()}
     outputs, layers = compare.shapes(model, inputs, pairs)
@@ -96,6 +92,27 @@ def run_original(
     )
 
 
+def build_original(model: nn.Module, place: Place) -> tuple[Any, Fetched]:
+    """The original of `model` with its published weights, and the files they are from."""
+    checkpoint, architecture = model.checkpoint, registry.of_model(model)
+    fetched = fetch_weights(describe.source_of(checkpoint), **place.options)
+    for path in fetched.weights:
+        if not is_safetensors(path):
+            read_state_dict([path])  # no pickle is PyTorch's before it was ours
+    files = {**describe.companions(checkpoint, architecture, place), **fetched.files}
+    return reference.build(checkpoint, model.config, files, fetched.weights), fetched
+
+
+def own_dialects(model: nn.Module) -> tuple[str, ...]:
+    """The dialect of the checkpoint, then the others of its publisher.
+
+    A library may give the layers of an old file new names: another of its dialects has those.
+    """
+    own, dialects = model.checkpoint.dialect, registry.of_model(model).dialects
+    publisher = own.partition(",")[0]
+    return (own, *(name for name in dialects if name.partition(",")[0] == publisher))
+
+
 def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, Pair]:
     """The layers of ours that have weights, with the original's.
 
@@ -104,12 +121,8 @@ def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, 
     """
     there = dict(original.named_modules())
     apart = tuple(architecture.parts(model.config).values())
-    own = model.checkpoint.dialect
-    publisher = own.partition(",")[0]
-    # A library may give the layers of an old file new names: another of its dialects has those.
-    others = [name for name in architecture.dialects if name.partition(",")[0] == publisher]
     unknown: dict[str, list[str]] = {}
-    for dialect in (own, *others):
+    for dialect in own_dialects(model):
         pairs = {}
         unknown[dialect] = []
         spec = architecture.spec(dialect, model.config)
@@ -124,4 +137,4 @@ def _pairs(model: nn.Module, architecture: Architecture, original) -> dict[str, 
                 pairs[name] = Pair(name, min(names, key=len), part, len(ours))
         if not unknown[dialect]:
             return pairs
-    raise VerificationError(f"the original has no layer {unknown[own][0]}")
+    raise VerificationError(f"the original has no layer {unknown[model.checkpoint.dialect][0]}")

@@ -15,7 +15,16 @@ from pathlib import Path
 from mlx_zoo.verify.markup import Html, tag
 from mlx_zoo.verify.plot import distribution, errors_by_layer, figure
 from mlx_zoo.verify.quantized import QuantizedReport
-from mlx_zoo.verify.report import CHANCE, FACTOR, NUM_WORST, Comparison, Report, Sample, Spread
+from mlx_zoo.verify.report import (
+    CHANCE,
+    FACTOR,
+    GRADIENT_TOLERANCE,
+    NUM_WORST,
+    Comparison,
+    Report,
+    Sample,
+    Spread,
+)
 
 STYLE = Path(__file__).with_name("page.css")
 AROUND = 3  # layers shown before the first that differs, and after it
@@ -89,6 +98,7 @@ def page(report: Report) -> str:
         _evidence(report),
         _plot(report),
         _worst(report),
+        _gradients(report),
         _outputs(report),
         _preprocessing(report),
         _all_layers(report),
@@ -299,6 +309,31 @@ def _worst(report: Report) -> Html | None:
         "The worst layers",
         _layers(report, few, "Those that come nearest to what is allowed, or exceed it"),
     )
+
+
+def _gradients(report: Report) -> Html | None:
+    """The parameters whose gradients come nearest to what is allowed; all of those that differ."""
+    if not report.gradients:
+        return None
+    order = sorted(report.gradients, key=lambda g: (g.passed, -g.max_rel))
+    shown = [g for i, g in enumerate(order) if i < NUM_WORST or not g.passed]
+    columns = ("parameter", "verdict", "error, ours", "error, torch", "largest value")
+    head = tag("tr", *(tag("th", name, scope="col") for name in columns))
+    rows = [
+        tag(
+            "tr",
+            tag("th", g.name, scope="row"),
+            tag("td", "same" if g.passed else "✗ differs", class_="text"),
+            *(tag("td", f"{x:.1e}") for x in (g.max_rel, g.torch_rel, g.scale)),
+            class_=None if g.passed else "differs",
+        )
+        for g in shown
+    ]
+    caption = (
+        f"Of {len(report.gradients)} gradients, the worst: the error against float64 as a part of "
+        f"the largest value, of which {GRADIENT_TOLERANCE:.0e} is allowed"
+    )
+    return _section("Gradients", _table(caption, head, rows))
 
 
 def _all_layers(report: Report) -> Html | None:

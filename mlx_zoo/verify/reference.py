@@ -100,6 +100,46 @@ def run(
     return _outputs(output), seen
 
 
+def gradients(
+    model: Any,
+    inputs: Mapping[str, np.ndarray],
+    targets: Mapping[str, np.ndarray],
+    precision: str,
+    batch_statistics: bool = True,
+    jitter: int | None = None,
+) -> Arrays:
+    """The gradients by the original's names, of the loss that `mlx_zoo.verify.gradients` defines.
+
+    That of images is called as they are in `inputs`, and (B, H, W, C). Nothing is dropped out.
+    With a `jitter`, which seeds it, every weight is moved by some eight roundings of float32.
+    """
+    import torch
+    from torch.nn import functional as F
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    dtype = getattr(torch, precision)
+    model = copy.deepcopy(model).to(dtype).eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(batch_statistics)
+    if jitter is not None:
+        generator = torch.Generator().manual_seed(jitter)
+        for p in model.parameters():
+            p.data *= 1 + 2.0**-20 * torch.randn(p.shape, generator=generator)
+    given = {name: _tensor(x, dtype) for name, x in inputs.items()}
+    images = {name: x.requires_grad_() for name, x in given.items() if x.ndim == 4}
+    output = model(*given.values()) if images else model(**given)
+    answers = _named(output)
+    losses = [
+        F.cross_entropy(answers[name].flatten(0, -2), torch.from_numpy(target).long().flatten())
+        for name, target in targets.items()
+    ]
+    torch.stack(losses).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {name: x.grad.permute(0, 2, 3, 1) for name, x in images.items()}
+    return {name: _numpy(x) for name, x in found.items()}
+
+
 def table(model: Any, name: str, precision: str) -> tuple[np.ndarray, np.ndarray]:
     """The weights of an embedding of the original, in the precision and in float64."""
     import torch
@@ -139,14 +179,18 @@ def _numpy(x) -> np.ndarray:
 
 def _outputs(output) -> Arrays:
     """What a network returns, by the names that ours gives it."""
+    return {name: _numpy(x) for name, x in _named(output).items()}
+
+
+def _named(output) -> dict[str, Any]:
+    """As `_outputs`, still the tensors."""
     if not hasattr(output, "items"):
-        return {"output": _numpy(output)}
-    arrays = {name: x for name, x in output.items() if hasattr(x, "detach")}
-    if "sentence_embedding" in arrays:
-        return {"output": _numpy(arrays["sentence_embedding"])}
-    if "logits" in arrays:
-        return {"output": _numpy(arrays["logits"])}
-    return {name: _numpy(x) for name, x in arrays.items()}
+        return {"output": output}
+    tensors = {name: x for name, x in output.items() if hasattr(x, "detach")}
+    for name in ("sentence_embedding", "logits"):
+        if name in tensors:
+            return {"output": tensors[name]}
+    return tensors
 
 
 # The libraries ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -117,6 +117,59 @@ def judge(
 
 def _shape(x: np.ndarray) -> str:
     return " x ".join(map(str, x.shape)) or "one value"
+
+
+# Gradients --------------------------------------------------------------------------------------
+
+GRADIENT_TOLERANCE = 1e-4  # of the largest value of a parameter's gradient, against float64
+VANISHING = 1e-9  # of the network's largest gradient: below, float64's own roundings are all it is
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of one parameter, or of the images, against PyTorch's in float64."""
+
+    name: str
+    error: float  # ours
+    torch_error: float  # PyTorch's in float32
+    scale: float  # the largest value, in float64
+    network_scale: float  # of all gradients of the network
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether the true gradient is 0: that of a bias before a norm, or of attention's keys."""
+        return self.scale <= VANISHING * self.network_scale
+
+    @property
+    def max_rel(self) -> float:
+        """`error` relative to the largest value; to that of the network where this is 0."""
+        return self._relative(self.error)
+
+    @property
+    def torch_rel(self) -> float:
+        """PyTorch's own error in float32, likewise."""
+        return self._relative(self.torch_error)
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerance, or a small multiple of what rounding costs PyTorch itself."""
+        return bool(self.max_rel <= max(GRADIENT_TOLERANCE, FACTOR * self.torch_rel))
+
+    def _relative(self, error: float) -> float:
+        scale = self.network_scale if self.vanishes else self.scale
+        return error / scale if scale else error
+
+
+def largest(gradients: Sequence[Gradient]) -> tuple[Gradient, Gradient]:
+    """The ones in which ours, and in which PyTorch's own error is largest; NaN is the largest."""
+
+    def worse(x: float) -> float:
+        return np.inf if np.isnan(x) else x
+
+    return (
+        max(gradients, key=lambda g: (not g.passed, worse(g.max_rel))),
+        max(gradients, key=lambda g: worse(g.torch_rel)),
+    )
 
 
 # A closer look at the outputs -------------------------------------------------------------------
@@ -241,6 +294,7 @@ class Report:
     preprocessing: PreprocessingDifference | None = None
     samples: tuple[Sample, ...] = ()  # values of the outputs, one by one
     spreads: tuple[Spread, ...] = ()  # of their errors
+    gradients: tuple[Gradient, ...] = ()  # of each parameter, and of images, where it was asked
     # Of the published weights.
     source: str | None = None
     revision: str | None = None
@@ -253,7 +307,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return bool(self.outputs) and all(c.passed for c in (*self.outputs, *self.layers))
+        same = all(c.passed for c in (*self.outputs, *self.layers))
+        return bool(self.outputs) and same and all(g.passed for g in self.gradients)
 
     @property
     def max_abs(self) -> float:
@@ -294,7 +349,9 @@ class Report:
             return f"the same network: max |difference| {self.max_abs:.1e}"
         if not self.outputs:
             return "nothing was compared"
-        worst = next(c for c in (*self.layers, *self.outputs) if not c.passed)
+        worst = next((c for c in (*self.layers, *self.outputs) if not c.passed), None)
+        if worst is None:
+            return f"the same outputs, but not the same gradients: {self._of_gradients()}"
         if worst.note:
             return f"first divergence at {worst.name}: {worst.note}"
         if self.is_printed:
@@ -305,6 +362,15 @@ class Report:
         return (
             f"first divergence at {worst.name}: max |difference| {worst.max_abs:.1e} of "
             f"{worst.scale:.1e}; against float64 {worst.error:.1e}, PyTorch {worst.torch_error:.1e}"
+        )
+
+    def _of_gradients(self) -> str:
+        ours, torch = largest(self.gradients)
+        differ = sum(not g.passed for g in self.gradients)
+        of = f"{differ} of {len(self.gradients)} differ" if differ else f"{len(self.gradients)}"
+        return (
+            f"{of}, wrong by {ours.max_rel:.1e} of the largest value at most ({ours.name}), "
+            f"PyTorch's in float32 by {torch.torch_rel:.1e}"
         )
 
     @property
@@ -359,7 +425,10 @@ class Report:
             kind: [asdict(x) for x in found]
             for kind, found in (("samples", self.samples), ("spreads", self.spreads))
         }
-        return json.dumps(plain({**self.summary(), **rows, **closer}), indent=2, allow_nan=False)
+        gradients = {"gradients": [as_row(g) for g in self.gradients]} if self.gradients else {}
+        return json.dumps(
+            plain({**self.summary(), **rows, **closer, **gradients}), indent=2, allow_nan=False
+        )
 
     def to_html(self) -> str:
         """Everything, as one self-contained page."""
@@ -379,6 +448,8 @@ class Report:
         lines = [f"{verdict}: {escape(self.reason)}"]
         if self.outputs:
             lines.append(escape(f"{self.rule}; {self.inputs}{seed}; on the {self.device}"))
+        if self.gradients:
+            lines.append(escape(f"gradients: {self._of_gradients()}"))
         if self.preprocessing:
             lines.append(escape(f"preprocessing: {self.preprocessing}"))
         if self.origin:
@@ -419,6 +490,12 @@ class Report:
         differ = [c for c in self.layers if not c.passed][:NUM_WORST]
         worst = sorted(self.layers, key=lambda c: c.strain, reverse=True)[:NUM_WORST]
         return [c for c in self.layers if c in differ or c in worst]
+
+
+def as_row(gradient: Gradient) -> dict[str, Any]:
+    """A gradient's figures, for JSON."""
+    figures = {name: getattr(gradient, name) for name in ("max_rel", "torch_rel", "passed")}
+    return {**asdict(gradient), **figures}
 
 
 def plain(value: Any, odd: Callable[[float], Any] = lambda x: None) -> Any:

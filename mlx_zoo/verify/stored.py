@@ -117,7 +117,9 @@ def keep(model: nn.Module, report: Report, evidence: Evidence | None) -> None:
     passed or not, is not replaced by a lesser one.
     """
     entry: cache.Entry | None = getattr(model, "entry", None)
-    if entry is None or changed_files(model, report) or not is_as_stored(model, entry):
+    if entry is None or entry.borrowed:
+        return
+    if changed_files(model, report) or not is_as_stored(model, entry):
         return
     is_best = report.evidence_kind in BEST
     done = _verification(model, entry)
@@ -213,7 +215,7 @@ def fingerprint(model: nn.Module) -> Evidence | str:
 def is_own(model: nn.Module, entry: cache.Entry) -> bool:
     """Whether an entry is of this user's cache, not a folder that anyone may have written."""
     place = getattr(model, "place", describe.Place())
-    return entry.path.absolute().is_relative_to(place.root.absolute())
+    return entry.path.absolute().is_relative_to((place.root / "weights").absolute())
 
 
 def is_as_stored(model: nn.Module, entry: cache.Entry) -> bool:
