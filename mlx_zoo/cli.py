@@ -285,6 +285,7 @@ def _list(kind: Callable[[str], Any]) -> Callable[[Any, Any, str | None], list[A
 @click.option("--mlxfn", is_flag=True, help="The forward pass itself, whatever PATH ends in.")
 @click.option("--batch", callback=_list(int), metavar="1,8,64", help="Of the .mlxfn.  [default: 1]")
 @click.option("--length", callback=_list(int), metavar="64,128", help="Tokens of its texts.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of weights.")
 @options(NETWORK, PLACE)
 @as_json
 def export(
@@ -294,6 +295,7 @@ def export(
     mlxfn: bool,
     batch: list[int] | None,
     length: list[int] | None,
+    max_shard_size: str,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -314,7 +316,7 @@ def export(
 
         path = export_function(model, path, batch=batch or 1, length=length)
     else:
-        path = mlx_zoo.export(model, path, dialect=dialect)
+        path = mlx_zoo.export(model, path, dialect=dialect, max_shard_size=max_shard_size)
     files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
     sizes = {str(x.relative_to(path.parent)): x.stat().st_size for x in files}
     if as_json:
@@ -780,7 +782,10 @@ def finetune(
         return
     facts = {
         "name": name,
-        "steps": result.history[-1]["step"] if result.history else 0,
+        "task": result.model.checkpoint.task,
+        "steps": result.history[-1]["step"],
+        "learning_rate": result.learning_rate,
+        "train_loss": result.history[-1]["loss"],
         **result.metrics,
         "output": result.output and str(result.output),
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,15 +58,6 @@ def check_licence(checkpoint: Checkpoint) -> None:
         )
     if not own:
         log.warning("%s: no licence is known; see that you may publish it", checkpoint.name)
-
-
-def as_bytes(size: int | str) -> int:
-    """Bytes of "5GB", "500MB" or a number of them. ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).strip().upper())
-    number = float(found[1]) * 1000 ** " KMGT".index(found[2] or " ") if found else 0
-    if isinstance(size, bool) or number < 1:
-        raise ValueError(f"max_shard_size={size!r}: bytes, or '5GB', are needed")
-    return int(number)
 
 
 def without_paths(checkpoint: Checkpoint) -> Checkpoint:
@@ -180,6 +170,13 @@ def _is_tuned(checkpoint: Checkpoint) -> bool:
     return checkpoint.base_model is not None
 
 
+def _is_fresh(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether the head is another than that of the weights that were published, or trained."""
+    architecture = registry.architectures()[checkpoint.architecture]
+    task, size = getattr(config, "task", None), architecture.head_size(config)
+    return bool(size) and not architecture.keeps_head(checkpoint, task, size)
+
+
 def _what_it_is(entry: cache.Entry, checkpoint: Checkpoint, config: Any) -> str:
     architecture = registry.architectures()[checkpoint.architecture]
     count = engine.num_parameters(architecture.outline(config))
@@ -188,6 +185,8 @@ def _what_it_is(entry: cache.Entry, checkpoint: Checkpoint, config: Any) -> str:
         made = "trained from random weights"
     elif _is_tuned(checkpoint):
         made = f"fine-tuned from `{checkpoint.base_model}`"
+    if _is_fresh(checkpoint, config):
+        made += "; its head is fresh, random weights that are to be trained"
     if how := entry.manifest.get("quantization"):
         kind = f"quantised to {how.get('bits')} bits"
     else:

@@ -358,7 +358,7 @@ def convert(
         raise ValueError("private=True goes with upload_repo=")
     if upload_repo is not None:
         check_target(upload_repo, bool(options.get("local_files_only")))
-    limit = publishing.as_bytes(max_shard_size)
+    limit = cache.as_bytes(max_shard_size)
     if pretrained is False:
         raise ValueError("pretrained=False: random weights are not converted")
     folder = Path(path).expanduser()

@@ -23,6 +23,7 @@ NOT_RUN = {  # page -> how a block begins -> why it is not run
         'pip install -e ".[cpu]" && mlx-zoo demo': ".ci/run does, and test_readme.py compares",
         'pip install -e ".[cpu,test]" && python -m pytest': ".ci/run does",
         "mlx-zoo predict resnet50 photos/": "downloads; how-to/predict.md runs the like",
+        "mlx-zoo finetune resnet50 photos/": "downloads; how-to/finetune.md runs the like",
         "TRANSFORMERS = Spec(": "an excerpt; how-to/architecture.md runs one",
     },
     "docs/tutorial.md": {'pip install -e ".[cpu,torch]"': ".ci/run installs"},

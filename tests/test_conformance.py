@@ -35,6 +35,7 @@ NEEDS_NO_CASE = {
     **dict.fromkeys(("mx.default_device", "mx.new_stream", "mx.contiguous"), "about where"),
     **dict.fromkeys(("mx.fast.cuda_kernel", "mx.cuda.is_available"), "kernels: test_cuda"),
     **dict.fromkeys(("mx.distributed.init", "mx.distributed.all_gather"), "jobs: test_scale"),
+    "mx.distributed.all_sum": "processes: test_parallel",
     **dict.fromkeys(
         ("mx.custom_function", "mx.vjp", "mx.jvp", "mx.vmap"), "about gradients: test_ops"
     ),
@@ -43,6 +44,7 @@ NEEDS_NO_CASE = {
     "mx.load": "a file's bytes: the hub's tests",
     "nn.Module": "a class without arithmetic",
     "nn.Identity": "returns what it is given",
+    "nn.LayerNorm": "its parameters; layers.LayerNorm, which computes, has a case",
     "nn.init.he_normal": "fresh weights, which are never compared",
     "nn.init.normal": "fresh weights, which are never compared",
     "nn.quantize": "replaces layers: quantize, dequantize and quantized_matmul have cases",

@@ -443,7 +443,7 @@ def test_half_precision_stays(dtype, tmp_path):
 def test_large_weights_are_in_shards(tmp_path):
     saved_folder(tmp_path / "a", "GPT2LMHeadModel", tiny("GPT2"))
     model = mlx_zoo.load(f"local-dir:{tmp_path / 'a'}", pretrained=True)
-    folder = mlx_zoo.export(model, tmp_path / "b", max_shard_bytes=20_000)
+    folder = mlx_zoo.export(model, tmp_path / "b", max_shard_size="20KB")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(shards) > 3
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
@@ -458,8 +458,8 @@ def test_large_weights_are_in_shards(tmp_path):
     same(mlx_zoo.load(f"local-dir:{folder}", pretrained=True), model)
     mlx_zoo.export(model, folder)  # in the place of the shards
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
-    with pytest.raises(ValueError, match="max_shard_bytes=0"):
-        mlx_zoo.export(model, folder, max_shard_bytes=0)
+    with pytest.raises(ValueError, match="max_shard_size=0"):
+        mlx_zoo.export(model, folder, max_shard_size=0)
 
 
 PREPARED = [

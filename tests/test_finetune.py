@@ -21,6 +21,7 @@ from mlx_zoo.training import LoRA, load_adapter, optimizers, steps
 from mlx_zoo.training.data import Batch
 from mlx_zoo.training.objectives import objective_of
 from mlx_zoo.training.optimizers import Optimizer, schedule
+from mlx_zoo.training.run import Run, State
 from mlx_zoo.training.steps import Learner, trainable_of
 from mlx_zoo.training.trainable import choose, depth_of, no_decay, training_mode
 from mlx_zoo.verify.reference import import_torchvision
@@ -210,6 +211,14 @@ def test_a_gradient_that_overflows_is_skipped_and_the_scale_halved():
     assert made.num_updates == 1
     after = engine.parameters(model)
     assert not any(mx.array_equal(before[n], after[n]) for n in ("fc.bias", "bn1.running_mean"))
+
+
+def test_float32_is_not_scaled(monkeypatch):
+    monkeypatch.setattr(steps, "GROWS_AFTER", 1)
+    own = learner(bert(), kind="sgd")
+    for step in range(2):
+        own.step([batch_of(2)], 0.1, (0, step))
+    assert own.scale.value == 1
 
 
 def test_a_loss_scale_grows_back_and_gives_up():
@@ -435,6 +444,7 @@ def test_running_text_is_for_bert_to_fill():
         ({"clip_norm": 0}, "clip_norm=0"),
         ({"seed": None}, "seed=None"),
         ({"patience": 2}, "give val_data"),
+        ({"evaluate_every": 2}, "give val_data"),
         ({"val_data": 0.25, "monitor": "beauty"}, "loss, accuracy"),
         ({"val_data": 1.5}, "between 0 and 1"),
         ({"mixup": -1}, "mixup=-1"),
@@ -507,10 +517,66 @@ def test_half_precision_weights_become_float32(caplog):
 
 
 def test_learning_rates_that_nobody_said():
-    assert optimizers.default_learning_rate("adamw", "full") == 1e-4
-    assert optimizers.default_learning_rate("adamw", "last-2") == 1e-4
-    assert optimizers.default_learning_rate("adamw", LoRA()) == 1e-3
-    assert optimizers.default_learning_rate("sgd", "head") == 0.1
+    assert optimizers.default_learning_rate("adamw", "full", 10**6) == 1e-4
+    assert optimizers.default_learning_rate("adamw", "last-2", 10**8) == 1e-4
+    assert optimizers.default_learning_rate("adamw", LoRA(), 10**8) == 1e-3
+    assert optimizers.default_learning_rate("sgd", "head", 10**8) == 0.1
+    assert optimizers.default_learning_rate("adamw", "full", 10**6 - 1) == 1e-3
+    assert optimizers.default_learning_rate("sgd", "full", 10**5) == 1e-2
+
+
+def test_a_last_batch_of_one_is_refused_before_the_first_step(monkeypatch):
+    """Of one image of 32 px the last norms of that network have one value of each channel."""
+    monkeypatch.setattr(Learner, "step", None)  # no step is taken
+    model = mlx_zoo.load("resnet_digits", True, num_classes=3)
+    before = dict(tree_flatten(model.parameters()))
+    with pytest.raises(
+        ValueError, match=r"24 examples in batches of 23 leave 1.*another batch_size"
+    ):
+        mlx_zoo.finetune(model, IMAGES, batch_size=23, epochs=1)
+    after = dict(tree_flatten(model.parameters()))
+    assert all(mx.array_equal(x, after[name]).item() for name, x in before.items())
+
+
+def test_a_last_batch_of_one_that_is_not_reached_or_not_taken_by_a_norm_is_none():
+    for options in ({"max_steps": 1}, {"method": "head"}):
+        model = mlx_zoo.load("resnet_digits", True, num_classes=3)
+        mlx_zoo.finetune(model, IMAGES, batch_size=23, epochs=1, **options)
+
+
+def test_examples_that_can_be_read_only_once():
+    """An epoch without any would never end; what is evaluated is read again and again."""
+
+    class Once:
+        def __init__(self):
+            self.items = iter([(x, i % 3) for i, x in enumerate(PIXELS)])
+
+        def __iter__(self):
+            return self.items
+
+    model = mlx_zoo.load("resnet_digits", True, num_classes=3)
+    with pytest.raises(ValueError, match="epoch 2: there are no examples"):
+        mlx_zoo.finetune(model, Once(), max_steps=5, epochs=2, batch_size=12, task=None)
+    with pytest.raises(ValueError, match="val_data: each evaluation reads it"):
+        mlx_zoo.finetune(model, [(x, i % 3) for i, x in enumerate(PIXELS)], iter(IMAGES))
+
+
+def test_a_metric_that_is_no_number_is_not_the_best_for_good():
+    run = object.__new__(Run)
+    run.metric, run.objective = "loss", objective_of(bert())
+    run.state = State(best_metrics={"loss": math.nan})
+    assert run._is_better({"loss": 2.0})
+    assert not run._is_better({"loss": math.nan})
+
+
+def test_images_of_random_weights_are_prepared_as_of_published_ones(caplog):
+    model = mlx_zoo.load("resnet_digits", num_classes=3)
+    published = mlx_zoo.load("resnet_digits", True).checkpoint.preprocessing
+    result = mlx_zoo.finetune(model, IMAGES, max_steps=1)
+    assert result.model.checkpoint.preprocessing == published
+    assert "random weights do not say how images are prepared: they are as resnet_digits" in (
+        caplog.text
+    )
 
 
 def test_a_name_without_weights_is_refused():

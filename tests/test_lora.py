@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from originals import randomise
 
 import mlx_zoo
-from mlx_zoo.errors import CheckpointError, MLXZooError
+from mlx_zoo.errors import CheckpointError, MLXZooError, VerificationError
 from mlx_zoo.hub.safetensors_writer import write_safetensors
 from mlx_zoo.mapping import engine
 from mlx_zoo.training.lora import (
@@ -550,7 +550,7 @@ def test_with_adapters_it_is_neither_quantised_nor_converted_nor_verified(tmp_pa
         mlx_zoo.quantize(model)
     with pytest.raises(ValueError, match=r"merge_lora\(model\)"):
         mlx_zoo.convert(model, tmp_path / "never")
-    with pytest.raises(MLXZooError):
+    with pytest.raises(VerificationError, match=r"merge_lora\(model\)"):
         mlx_zoo.verify(model)
 
 

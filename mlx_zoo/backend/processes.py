@@ -60,8 +60,20 @@ class Crew:
             )
         return found[:, 2:]
 
-    def agree(self, work: Mapping[str, Any]) -> None:
+    def agree(
+        self, work: Mapping[str, Any], what: str = "the same inputs, network and options"
+    ) -> None:
         """Raise MLXZooError unless all processes have the same work."""
         digest = sha256(json.dumps(work, sort_keys=True).encode()).digest()
         if len(np.unique(self.meet(np.frombuffer(digest, np.uint32)), axis=0)) > 1:
-            raise MLXZooError("the processes do not have the same inputs, network and options")
+            raise MLXZooError(f"the processes do not have {what}")
+
+    def first(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """The arrays of the first process, in all of them."""
+        if self.size == 1:
+            return dict(arrays)
+        own = {n: x if self.rank == 0 else mx.zeros_like(x) for n, x in arrays.items()}
+        found = {name: mx.distributed.all_sum(x) for name, x in own.items()}
+        mx.eval(found)
+        self.meet()  # had one gone, these were not its arrays
+        return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mlx_zoo.errors import MLXZooError
 from mlx_zoo.exporting.configs import config_of
 from mlx_zoo.exporting.functions import export_function
 from mlx_zoo.hub import cache
+from mlx_zoo.hub.cache import INDEX, WEIGHTS
 from mlx_zoo.hub.safetensors_header import read_header
 from mlx_zoo.mapping import engine
 from mlx_zoo.preprocess.files import read_optional_json
@@ -34,9 +35,7 @@ from mlx_zoo.preprocess.processor import read_processor, write_processor
 from mlx_zoo.preprocess.sentence import sentence_files
 from mlx_zoo.preprocess.text import TOKENIZER_FILES
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-PROCESSOR = "preprocessor_config.json"
-MAX_SHARD_BYTES = 5 * 10**9
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 PICKLES = {".bin", ".pth", ".pt", ".ckpt"}
 MARK = "exported_by"  # in the header of the weights: such a folder may be replaced
 
@@ -46,7 +45,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     dialect: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write a network for PyTorch: names and layout of its publisher, in safetensors.
 
@@ -60,7 +59,8 @@ def export(
             `get_model(config["constructor"], **config["options"])` by its config.json. What an
             export wrote is replaced at once; a folder with anything else in it is refused.
         dialect: whose names are written; None for those the weights came in.
-        max_shard_bytes: above this, a folder of transformers has several files and their index.
+        max_shard_size: bytes, or "5GB", above which a folder of transformers has several files and
+            their index.
 
     Returns:
         The path.
@@ -81,8 +81,7 @@ def export(
     architecture = registry.of_model(model)
     weights = _weights(model, architecture)
     dialect = _dialect(model, architecture, dialect)
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes}: at least 1 is needed")
+    limit = cache.as_bytes(max_shard_size)
     spec = architecture.spec(dialect, model.config)
     in_class = architecture.twins(model.config)
     state = engine.to_torch(weights, model, spec, in_class)
@@ -91,7 +90,7 @@ def export(
     if target.suffix == ".safetensors":
         _write_file(target, state, model, dialect)
     else:
-        shards = max_shard_bytes if _publisher(dialect) == "transformers" else None
+        shards = limit if _publisher(dialect) == "transformers" else None
         _write_folder(target, state, model, dialect, shards)
     return target
 
@@ -224,7 +223,7 @@ def _write_folder(
     state: dict[str, mx.array],
     model: nn.Module,
     dialect: str,
-    max_shard_bytes: int | None,
+    max_shard_size: int | None,
 ) -> None:
     """Written aside, then renamed; what an earlier export wrote gives way."""
     _check_replaceable(target)
@@ -241,38 +240,10 @@ def _write_folder(
             state = {n: x for n, x in state.items() if not n.startswith(prefix)}
             (work / folder).mkdir(parents=True, exist_ok=True)
             _save(work / folder / WEIGHTS, part)
-        _write_weights(work, state, max_shard_bytes)
+        cache.write_weights(work, state, _metadata(), max_shard_size)
         _swap(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_weights(folder: Path, state: Mapping[str, mx.array], most: int | None) -> None:
-    """One file, or as many as have `most` bytes of tensors each, and the index of them."""
-    shards = list(_shards(state, most))
-    if len(shards) == 1:
-        _save(folder / WEIGHTS, state)
-        return
-    placed: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _save(folder / name, shard)
-        placed |= dict.fromkeys(shard, name)
-    total = sum(x.nbytes for x in state.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-
-
-def _shards(state: Mapping[str, mx.array], most: int | None) -> Iterator[dict[str, mx.array]]:
-    """In the order of the network. A tensor larger than `most` has a file of its own."""
-    shard: dict[str, mx.array] = {}
-    size = 0
-    for name, x in state.items():
-        if most is not None and shard and size + x.nbytes > most:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = x
-        size += x.nbytes
-    yield shard
 
 
 def _companions(model: nn.Module) -> Mapping[str, Path]:

@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import string
 import sys
@@ -334,24 +335,46 @@ def write_folder(
     manifest give the same bytes.
     """
     manifest = {"format": FORMAT, **manifest, "versions": versions()}
-    header, shards = _header_of(manifest), _shards(weights, max_shard_size)
-    names = [WEIGHTS] if len(shards) == 1 else [*_shard_names(len(shards))]
-    written: dict[str, dict[str, Any]] = {}
-    for name, shard in zip(names, shards, strict=True):
-        sha256 = save(folder / name, shard, header)
-        written[name] = {"size": (folder / name).stat().st_size, "sha256": sha256}
-    if len(shards) == 1:
+    hashes = write_weights(folder, weights, _header_of(manifest), max_shard_size)
+    written: dict[str, dict[str, Any]] = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in hashes.items()
+    }
+    if len(written) == 1:
         manifest = {**manifest, **written[WEIGHTS]}
     else:
         size = sum(row["size"] for row in written.values())
         joint = _joint_sha256([row["sha256"] for row in written.values()])
         manifest = {**manifest, "size": size, "sha256": joint, "shards": written}
-        homes = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, mx.array], header: Mapping[str, str], limit: int | None
+) -> dict[str, str]:
+    """Write weights into one file, or several of at most `limit` bytes and their index.
+
+    Returns the name of each file and its sha256.
+    """
+    shards = _shards(weights, limit)
+    names = [WEIGHTS] if len(shards) == 1 else [*_shard_names(len(shards))]
+    placed = dict(zip(names, shards, strict=True))
+    if len(placed) > 1:
+        homes = {key: name for name, shard in placed.items() for key in shard}
         total = sum(x.nbytes for x in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": homes}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return manifest
+    return {name: save(folder / name, shard, header) for name, shard in placed.items()}
+
+
+def as_bytes(size: int | str) -> int:
+    """Bytes of "5GB", "500MB" or a number of them. ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).strip().upper())
+    number = float(found[1]) * 1000 ** " KMGT".index(found[2] or " ") if found else 0
+    if isinstance(size, bool) or number < 1:
+        raise ValueError(f"max_shard_size={size!r}: bytes, or '5GB', are needed")
+    return int(number)
 
 
 def _shards(weights: Mapping[str, mx.array], limit: int | None) -> list[dict[str, mx.array]]:

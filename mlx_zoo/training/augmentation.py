@@ -53,13 +53,13 @@ class Augmentation:
         self, image: Image, size: tuple[int, int], interpolation: str, rng: np.random.Generator
     ) -> Image:
         """An image of `size` (H, W) out of one of any size."""
-        from PIL import Image, ImageEnhance
+        from PIL import Image, ImageEnhance, ImageOps
 
         left, top, width, height = self.crop(image.width, image.height, rng)
         image = image.crop((left, top, left + width, top + height))
         image = image.resize(size[::-1], Image.Resampling[interpolation.upper()])
         if rng.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = ImageOps.mirror(image)
         if self.jitter:
             for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = change(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))

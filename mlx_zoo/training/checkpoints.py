@@ -46,6 +46,8 @@ class Checkpoints:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep others out. MLXZooError where another process is still at it."""
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"{self.output} is a file: give a folder that is new or empty")
         self.output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.output, os.O_RDONLY)
         try:
@@ -78,8 +80,9 @@ class Checkpoints:
             new.replace(path)
             flush(self.output)
         self.folder.mkdir(exist_ok=True)
-        for partial in self.folder.glob(".partial-*"):
-            shutil.rmtree(partial)
+        for folder in (self.folder, self.output, self.output / "adapter"):  # of one that was killed
+            for partial in folder.glob(".partial-*"):
+                shutil.rmtree(partial)
 
     def _compare(self, path: Path) -> None:
         try:

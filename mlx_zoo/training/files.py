@@ -107,7 +107,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")
+    return path.name.startswith(".") or path.name == "__MACOSX"  # which Apple's archives bring
 
 
 def _text(path: Path) -> str:

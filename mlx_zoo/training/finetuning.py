@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,29 @@ from mlx_zoo.backend.processes import Crew
 from mlx_zoo.catalogue import random_state_kept
 from mlx_zoo.hub import cache
 from mlx_zoo.mapping import engine
-from mlx_zoo.models.layers import check_choice
+from mlx_zoo.models.layers import BatchNorm, check_choice
 from mlx_zoo.tasks.batches import check_count
 from mlx_zoo.training.checkpoints import Checkpoints
-from mlx_zoo.training.data import Dataset, hold_out, inspect, training_data, validation_data
+from mlx_zoo.training.curves import write_curves
+from mlx_zoo.training.data import (
+    Dataset,
+    hold_out,
+    inspect,
+    task_of,
+    training_data,
+    validation_data,
+)
 from mlx_zoo.training.examples import LANGUAGE, Examples, Stream
+from mlx_zoo.training.images import PrepareImages, preprocessing_like
 from mlx_zoo.training.lora import digest_of_base
 from mlx_zoo.training.objectives import Objective, objective_of
 from mlx_zoo.training.optimizers import OPTIMIZERS, default_learning_rate
 from mlx_zoo.training.options import Options
-from mlx_zoo.training.outcome import as_finetuned, write_adapter, write_curves, write_model
+from mlx_zoo.training.outcome import as_finetuned, write_adapter, write_model
 from mlx_zoo.training.parts import head_of
 from mlx_zoo.training.run import Run
 from mlx_zoo.training.steps import number_of
-from mlx_zoo.training.trainable import Trainable, choose
+from mlx_zoo.training.trainable import Trainable, choose, training_mode
 
 log = logging.getLogger("mlx_zoo")
 
@@ -49,15 +58,17 @@ class Finetuned:
     history: list[dict[str, Any]]  # a row for each step
     metrics: dict[str, float]  # of the best evaluation
     trainable: Trainable
+    learning_rate: float  # the highest
     output: Path | None
 
     def __str__(self) -> str:
-        last = self.history[-1]
+        last, checkpoint = self.history[-1], self.model.checkpoint
         lines = [
-            f"{self.model.checkpoint.name}: {last['step']} steps, {last['epoch']:.4g} epochs",
+            f"{checkpoint.name}, for {checkpoint.task}: {_counted(last['step'], 'step')}, "
+            f"{_counted(last['epoch'], 'epoch')}, at a learning rate of {self.learning_rate:g}",
             f"trained: {self.trainable.method}, {self.trainable.num_trainable:,} of "
             f"{self.trainable.num_parameters:,} parameters ({self.trainable.percent:.2f} %)",
-            "training loss: " + " -> ".join(f"{row['loss'] or math.nan:.4g}" for row in self._ends),
+            "training loss: " + " -> ".join(f"{_number(row['loss']):.4g}" for row in self._ends),
         ]
         if self.metrics:
             told = ", ".join(f"{name} {x:.4g}" for name, x in self.metrics.items())
@@ -69,6 +80,14 @@ class Finetuned:
     @property
     def _ends(self) -> list[dict[str, Any]]:
         return [self.history[0], self.history[-1]]
+
+
+def _counted(count: float, what: str) -> str:
+    return f"{count:.4g} {what}{'s' * (count != 1)}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def finetune(
@@ -126,7 +145,8 @@ def finetune(
             does what one batch of them all would (BatchNorm takes each for itself).
         optimizer: "adamw" or "sgd" (with `momentum`), as in torch.optim.
         learning_rate: the highest. None: 1e-4 for adamw, 1e-2 for sgd; where few parameters are
-            trained (head, adapters), ten times that.
+            trained (head, adapters), ten times that; adamw for networks of less than a million
+            parameters, ten times that again. The result says it.
         weight_decay: not of biases, norms, position embeddings and class tokens.
         schedule: after a linear warm-up "cosine" or "linear" down to 0, or "constant".
         warmup: steps; a float: that part of all steps.
@@ -156,20 +176,27 @@ def finetune(
         KeyboardInterrupt: after the step at work; with an output, its checkpoint is kept.
     """
     check_choice("optimizer", optimizer, OPTIMIZERS)
-    rate = default_learning_rate(optimizer, method) if learning_rate is None else learning_rate
-    said = {**locals(), "learning_rate": rate}
+    said = locals()
     options = Options(**{f.name: said[f.name] for f in fields(Options)})
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every)
-    if val_data is None and (patience is not None or monitor is not None):
-        raise ValueError("patience and monitor are about evaluations: give val_data")
+    about = {"patience": patience, "monitor": monitor, "evaluate_every": evaluate_every}
+    if val_data is None and any(value is not None for value in about.values()):
+        raise ValueError(f"{', '.join(about)}: these are about evaluations: give val_data")
     crew = Crew()
     with random_state_kept(), ExitStack() as stack:
         mx.random.seed(number_of(seed))  # of a fresh head, and of adapters
-        found = inspect(train_data, None if isinstance(model, nn.Module) else task)
+        found = inspect(train_data, _task_of_data(model, task))
+        if isinstance(val_data, (int, float)):
+            found, val_data = hold_out(found, val_data, seed)
         network = _network(model, found, task)
         _widen(network)
+        if learning_rate is None:
+            learning_rate = default_learning_rate(optimizer, method, engine.num_parameters(network))
+            options = replace(options, learning_rate=learning_rate)
         train, val = _datasets(network, found, val_data, options)
+        if crew.rank == 0:
+            _say_how_images_are_prepared(network, train)
         objective = objective_of(network, train.labels)
         steps = _number_of_steps(train, options)
         _check_monitor(monitor, objective)
@@ -177,23 +204,30 @@ def finetune(
         crew.agree(work)
         folder = None if output is None else Path(output).expanduser()
         trainable = choose(network, method)
+        _check_last_batch(network, train, options, steps, crew)
         keeper = None if folder is None else _keeper(folder, work, crew, stack)
         if crew.rank == 0:
-            log.info("%s\nlearning rate %g, %d steps", trainable, rate, steps)
+            log.info("%s\nlearning rate %g, %d steps", trainable, learning_rate, steps)
         run = Run(network, train, val, objective, options, steps, crew, keeper)
         run.train(checkpoint_every, shown=progress is not False and crew.rank == 0)
         if folder is not None and crew.rank == 0:
-            write_curves(run.state.history, run.metric, folder)
+            write_curves(run.state.history, folder / "curves.svg", run.metric)
             write_adapter(network, train.labels, folder)
         as_finetuned(network, train.labels)
         if folder is not None and crew.rank == 0:
             write_model(network, run.state.best_metrics, folder)
         if folder is not None:
             crew.meet()  # it is there when any of them is done
-    return Finetuned(network, run.state.history, run.state.best_metrics, trainable, folder)
+    found_best = run.state.best_metrics
+    return Finetuned(network, run.state.history, found_best, trainable, learning_rate, folder)
 
 
 # Before the first step --------------------------------------------------------------------------
+
+
+def _task_of_data(model: Any, task: str | None) -> str | None:
+    """A stream does not show what it is for: a loaded network's head says it."""
+    return task_of(original_of(model)) if isinstance(model, nn.Module) else task
 
 
 def _network(model: Any, found: Examples | Stream, task: str | None) -> nn.Module:
@@ -217,6 +251,11 @@ def _network(model: Any, found: Examples | Stream, task: str | None) -> nn.Modul
     count = len(found.labels)
     keeps = checkpoint.task == found.task and {*found.labels} <= {*checkpoint.labels}
     if keeps:
+        if count < len(checkpoint.labels):
+            log.warning(
+                "%s knows these %d classes, and keeps its head of %d; load(..., num_classes=%d) makes a fresh one",
+                *(checkpoint.name, count, len(checkpoint.labels), count),
+            )
         return zoo.load(model, True, **head)
     network = zoo.load(model, True, num_classes=count, **head)
     if architecture.keeps_head(network.checkpoint, found.task, count):
@@ -228,14 +267,27 @@ def _network(model: Any, found: Examples | Stream, task: str | None) -> nn.Modul
 def _datasets(
     model: nn.Module, found: Examples | Stream, val_data: Any, options: Options
 ) -> tuple[Dataset, Dataset | None]:
-    if isinstance(val_data, (int, float)):
-        found, val_data = hold_out(found, val_data, options.seed)
     names = ("augment", "label_smoothing", "mixup", "max_length", "seed")
     train = training_data(found, model, **{name: getattr(options, name) for name in names})
     if val_data is None:
         return train, None
     some: dict[str, Any] = {"max_length": options.max_length, "seed": options.seed}
-    return train, validation_data(val_data, model, labels=train.labels, **some)
+    val = validation_data(val_data, model, labels=train.labels, **some)
+    if isinstance(val.examples, Stream) and val.examples.once:
+        raise ValueError("val_data: each evaluation reads it, an iterator can be read once: a list")
+    return train, val
+
+
+def _say_how_images_are_prepared(model: nn.Module, train: Dataset) -> None:
+    """Random weights do not say it: it is a choice, and the network's own from then on."""
+    checkpoint = getattr(model, "checkpoint", None)
+    if isinstance(train.prepare, PrepareImages) and not (checkpoint and checkpoint.preprocessing):
+        like = preprocessing_like(model)
+        log.warning(
+            "random weights do not say how images are prepared: they are%s, %s",
+            f" as {like.name}'s" if like else "",
+            train.prepare.how,
+        )
 
 
 def _number_of_steps(train: Dataset, options: Options) -> int:
@@ -248,6 +300,46 @@ def _number_of_steps(train: Dataset, options: Options) -> int:
         raise ValueError("there are no examples to train with")
     steps = options.epochs * -(-num_batches // options.accumulate)
     return steps if options.max_steps is None else min(steps, options.max_steps)
+
+
+def _check_last_batch(
+    model: nn.Module, train: Dataset, options: Options, steps: int, crew: Crew
+) -> None:
+    """Raise ValueError where the last batch of an epoch has too few examples for BatchNorm."""
+    size, count = options.batch_size, train.num_examples
+    training_mode(model)
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.training]
+    batches = train.num_batches(size)
+    if count is None or batches is None or not norms:
+        return
+    if steps < -(-batches // options.accumulate):  # it is not reached
+        return
+    least = count % size or size
+    problem = None
+    if least < crew.size:
+        problem = f"BatchNorm needs one in each of {crew.size} processes"
+    elif least == 1:
+        problem = _problem_of_one(model, train, norms)
+    if problem:
+        raise ValueError(
+            f"{count} examples in batches of {size} leave {least} for the last one, and {problem}: "
+            "choose another batch_size"
+        )
+
+
+def _problem_of_one(model: nn.Module, train: Dataset, norms: list[BatchNorm]) -> str | None:
+    """What BatchNorm says of a batch of one image. Its shape tells: nothing is computed."""
+    assert isinstance(train.prepare, PrepareImages)
+    how, before = train.prepare.how, [(m.running_mean, m.running_var) for m in norms]
+    sides = how.size if isinstance(how.size, tuple) else (how.size, how.size)
+    try:
+        model(mx.zeros((1, *sides, len(how.mean))))
+    except ValueError as error:
+        return str(error)
+    finally:
+        for norm, (mean, var) in zip(norms, before, strict=True):
+            norm.running_mean, norm.running_var = mean, var
+    return None
 
 
 def _check_monitor(monitor: str | None, objective: Objective) -> None:

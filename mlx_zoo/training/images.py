@@ -11,7 +11,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_zoo.catalogue import timm_resize
+from mlx_zoo import registry
+from mlx_zoo.catalogue import Checkpoint, timm_resize
 from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.preprocess.image import THREADS, Preprocessing, opened, preprocess
 from mlx_zoo.training.augmentation import Augmentation
@@ -23,10 +24,13 @@ NAMED = 5  # files that a message names
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The checkpoint's own, at the size that the network has now.
 
-    For random weights: ImageNet's means and deviations, bilinear, the centre of 7/8 of the image.
+    For random weights: that of published ones of the same network; where there are none,
+    ImageNet's means and deviations, bilinear, the centre of 7/8 of the image.
     """
     checkpoint, config = model.checkpoint, model.config
     how = checkpoint.preprocessing if checkpoint else None
+    if how is None and (like := preprocessing_like(model)):
+        how = like.preprocessing
     size = getattr(config, "img_size", how.size if how else USUAL_SIZE)
     if how is None:
         sides = size if isinstance(size, tuple) else (size, size)
@@ -36,6 +40,23 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     if fitting is None:
         raise UnsupportedConfig(f"images of {config.in_chans} channels cannot be prepared")
     return fitting if size == fitting.size else fitting.at(size)
+
+
+def preprocessing_like(model: nn.Module) -> Checkpoint | None:
+    """A published network with preprocessing that is this one, but for its head and its input."""
+    kind, body = registry.of_model(model).name, body_of(model.config)
+    same = [
+        c
+        for c in registry.checkpoints().values()
+        if c.architecture == kind and c.preprocessing and body_of(c.config) == body
+    ]
+    return min(same, key=lambda c: (not c.default, c.name), default=None)
+
+
+def body_of(config: Any) -> dict[str, Any]:
+    """A config without the sizes of the head and the input."""
+    free = {"num_classes", "in_chans", "img_size", "task"}
+    return {name: x for name, x in vars(config).items() if name not in free}
 
 
 @dataclass(frozen=True)

@@ -485,6 +485,8 @@ def _check_base(model: nn.Module, said: Mapping[str, Any], folder: Path) -> None
         **{k: (base[k], own) for k, own in _origin(model).items()},
     }
     what = "; ".join(f"{k} {a}, not {b}" for k, (a, b) in facts.items() if a != b)
+    if kind != base["dtype"]:
+        what += f" (load it with dtype={base['dtype']!r}, or give its name)"
     raise MLXZooError(
         f"{folder} is an adapter of other weights than this network has"
         + (f": {what}" if what else "; by name and source they are the same: were they trained?")

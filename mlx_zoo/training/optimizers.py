@@ -21,11 +21,12 @@ from mlx_zoo.training.trainable import no_decay
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 # Where the user says none. All parameters of a pretrained network are moved by little; a fresh
-# head, or adapters, by more.
+# head, or adapters, by more; and AdamW moves a small network by more, too.
 LEARNING_RATES = {
     "adamw": {"all": 1e-4, "few": 1e-3},
     "sgd": {"all": 1e-2, "few": 1e-1},
 }
+SMALL = 10**6  # parameters
 
 Arrays = dict[str, mx.array]
 
@@ -74,6 +75,7 @@ class Optimizer:
                 {name: gradients[name] for name in names},
                 {name: parameters[name] for name in names},
             )
+        mx.eval([group.step for _, group, _ in self.groups])  # else SGD's grows, a sum of sums
         return {name: found[name] for name in parameters}
 
     @property
@@ -114,7 +116,8 @@ def schedule(kind: str, warmup: float | int, num_steps: int) -> Callable[[int], 
     return factor
 
 
-def default_learning_rate(kind: str, method: Any) -> float:
+def default_learning_rate(kind: str, method: Any, num_parameters: int) -> float:
     """A sane one: "all" parameters learn, or "few" of them, fresh."""
     few = method == "head" or not isinstance(method, str) or method == "lora"
-    return LEARNING_RATES[kind]["few" if few else "all"]
+    rate = LEARNING_RATES[kind]["few" if few else "all"]
+    return 10 * rate if kind == "adamw" and num_parameters < SMALL else rate

@@ -22,7 +22,7 @@ class Options:
     batch_size: int
     accumulate: int
     optimizer: str
-    learning_rate: float
+    learning_rate: float | None
     momentum: float
     betas: tuple[float, float]
     weight_decay: float
@@ -50,7 +50,8 @@ class Options:
         check_choice("schedule", self.schedule, SCHEDULES)
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: a whole number from 0 is needed")
-        _check_number("learning_rate", self.learning_rate, 0, above=True)
+        if self.learning_rate is not None:
+            _check_number("learning_rate", self.learning_rate, 0, above=True)
         _check_number("weight_decay", self.weight_decay, 0)
         _check_number("momentum", self.momentum, 0, below=1)
         _check_number("layer_decay", self.layer_decay, 0, most=1, above=True)

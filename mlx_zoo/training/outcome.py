@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ import mlx.nn as nn
 from mlx_zoo import registry, zoo
 from mlx_zoo.catalogue import Checkpoint
 from mlx_zoo.mapping import engine
-from mlx_zoo.training.curves import curves_svg
 from mlx_zoo.training.data import task_of
-from mlx_zoo.training.images import preprocessing_of
+from mlx_zoo.training.images import body_of, preprocessing_of
 from mlx_zoo.training.lora import adapted, merge_lora, save_adapter
 
 SUFFIX = "_finetuned"
@@ -55,18 +54,9 @@ def as_finetuned(model: nn.Module, labels: tuple[str, ...]) -> None:
 
 def _variant(model: nn.Module, architecture: Any) -> str:
     """The name of a config, but for the sizes of its head and its input."""
-    free = {"num_classes", "in_chans", "img_size", "task"}
-
-    def body(config: Any) -> dict[str, Any]:
-        return {name: x for name, x in vars(config).items() if name not in free}
-
-    own = body(model.config)
-    same = (name for name, config in architecture.variants.items() if body(config) == own)
+    own = body_of(model.config)
+    same = (name for name, config in architecture.variants.items() if body_of(config) == own)
     return next(same, architecture.name)
-
-
-def write_curves(history: Sequence[Mapping[str, Any]], monitor: str, output: Path) -> None:
-    (output / "curves.svg").write_text(curves_svg(history, monitor), encoding="utf-8")
 
 
 def write_adapter(model: nn.Module, labels: tuple[str, ...], output: Path) -> None:

@@ -80,6 +80,8 @@ class Run:
             clip_norm=options.clip_norm,
             batch_size=options.batch_size,
         )
+        assert options.learning_rate is not None  # it was chosen by now
+        self.learning_rate = options.learning_rate
         self.factor = schedule(options.schedule, options.warmup, num_steps)
         self.metric = options.monitor or objective.monitor[0]
         self.state = State(loss_scale=self.learner.scale.value)
@@ -89,6 +91,10 @@ class Run:
         """Take all steps that are left; then the network has the best weights, in eval mode."""
         if self.keeper is not None:
             self._go_on(self.keeper)
+            self.crew.agree(
+                {"step": self.state.step, "best": self.state.best_step},
+                "the same checkpoint: the output is to be a folder that all of them see",
+            )
         writes = self.keeper is not None and self.crew.rank == 0
         rows = Log(self.keeper.output if self.keeper and writes else None, self.state.history)
         try:
@@ -98,6 +104,7 @@ class Run:
                 bars.progress(self.num_steps, shown, self.state.step) as advance,
             ):
                 while not self.state.finished:
+                    before = self.state.step
                     for group, is_last in self._groups():
                         self._step(group, is_last, rows)
                         advance(1)
@@ -107,8 +114,10 @@ class Run:
                             raise KeyboardInterrupt
                         if self.state.finished:
                             break
-                    else:
-                        self._end_of_data()
+                    if self.state.step == before:  # it would never end
+                        raise ValueError(
+                            f"epoch {self.state.epoch + 1}: there are no examples to train with"
+                        )
         except KeyboardInterrupt:
             log.warning("stopped after step %d of %d", self.state.step, self.num_steps)
             raise
@@ -137,7 +146,7 @@ class Run:
 
     def _step(self, group: list[Any], is_last: bool, rows: Log) -> None:
         state, options = self.state, self.options
-        rate = options.learning_rate * self.factor(state.step)
+        rate = self.learning_rate * self.factor(state.step)
         try:
             taken = self.learner.step(group, rate, (options.seed, state.step))
         except MLXZooError as error:
@@ -172,9 +181,9 @@ class Run:
 
     def _evaluate(self) -> dict[str, Any]:
         """The metrics, for the row of this step; the best weights are kept in mind."""
-        state, assert_val = self.state, self.val_data
-        assert assert_val is not None
-        found = evaluate(self.model, self.objective, assert_val, self.options.batch_size, self.crew)
+        state, data = self.state, self.val_data
+        assert data is not None
+        found = evaluate(self.model, self.objective, data, self.options.batch_size, self.crew)
         training_mode(self.model)
         if self._is_better(found):
             state.best_step, state.best_metrics, state.waits = state.step, found, 0
@@ -189,21 +198,21 @@ class Run:
         return {f"val_{name}": _finite(x) for name, x in found.items()}
 
     def _is_better(self, found: Mapping[str, float]) -> bool:
+        """By the metric; of equals, the one with the lower loss."""
         if not self.state.best_metrics:
             return True
-        new, old = found[self.metric], self.state.best_metrics[self.metric]
-        return new < old if self.objective.direction(self.metric) == "min" else new > old
+        return self._merit(found) > self._merit(self.state.best_metrics)
+
+    def _merit(self, found: Mapping[str, float]) -> list[float]:
+        sign = -1 if self.objective.direction(self.metric) == "min" else 1
+        merits = [sign * found[self.metric], -found["loss"]]
+        return [-math.inf if math.isnan(merit) else merit for merit in merits]
 
     def _is_due(self, every: int | None, is_last: bool) -> bool:
         """Whether a checkpoint is kept after this step."""
         evaluated = "val_loss" in self.state.history[-1]
         regular = is_last if every is None else self.state.step % every == 0
         return self.state.finished or evaluated or regular
-
-    def _end_of_data(self) -> None:
-        """Raise ValueError for an epoch without a step, which would never end."""
-        if not self.state.finished and not self.state.step:
-            raise ValueError("there are no examples to train with")
 
     # Checkpoints
 

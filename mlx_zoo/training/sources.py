@@ -48,6 +48,8 @@ def read(data: Any, task: str | None = None) -> Examples | Stream:
         return _checked(of_path(Path(data).expanduser(), task), task)
     if isinstance(data, tuple) and len(data) == 2:
         return _checked(_of_pair(*data, task=task), task)
+    if hasattr(data, "dataset") and hasattr(data, "batch_size"):
+        raise ValueError(f"a {type(data).__name__} gives batches: give the examples, its .dataset")
     if not isinstance(data, (Mapping, bytes, bytearray)):
         if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
             return _checked(_of_sequence(data, task), task)

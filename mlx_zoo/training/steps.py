@@ -24,8 +24,8 @@ from mlx_zoo.errors import MLXZooError
 from mlx_zoo.mapping import engine
 from mlx_zoo.models.layers import BatchNorm
 from mlx_zoo.training.optimizers import Arrays, Optimizer
+from mlx_zoo.training.trainable import STATISTICS
 
-STATISTICS = ("running_mean", "running_var")
 PRECISIONS = {"float32": None, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Of float16, whose smallest gradients would be 0: as torch.amp's GradScaler has them.
 FIRST_SCALE, SMALLEST_SCALE, LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2.0**-14, 2.0**24, 2000
@@ -84,7 +84,9 @@ class Learner:
         self.scales = precision == "float16"
         self.scale = LossScale(FIRST_SCALE if self.scales else 1.0)
         self.rows = batch_size if self.scales else 1  # so that the scale is of a mean
-        self.parameters: Arrays = trainable_of(model)
+        # A fresh head, and adapters, may have been drawn by each process for itself.
+        self.parameters: Arrays = crew.first(trainable_of(model))
+        self.place(self.parameters)
         self.frozen: Arrays = {  # statistics move, and are looked up when they are needed
             name: x
             for name, x in engine.parameters(model).items()
@@ -120,7 +122,8 @@ class Learner:
         except BaseException:
             self.place(before)
             raise
-        self.scale.passed()
+        if self.scales:
+            self.scale.passed()
         self.num_updates += 1
         self.place(self.optimizer.updated(self.parameters, clipped, learning_rate))
         self.parameters = trainable_of(self.model)
