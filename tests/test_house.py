@@ -68,6 +68,7 @@ ARROWS = {
         "mapping",
         "preprocess",
         "backend",
+        "exporting",  # what was trained is compared with its export
         "models",  # what operations they use
     ),
     "tasks": ("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub", "backend"),
@@ -281,6 +282,7 @@ def test_axes_of_weights_move_in_the_layout_alone():
     allowed = {"mlx_zoo.mapping.layout", "mlx_zoo.verify.reference"}  # the latter: input images
     allowed |= {"mlx_zoo.verify.operations", "mlx_zoo.verify.conformance"}  # it is their subject
     allowed |= {"mlx_zoo.backend.ops", "mlx_zoo.backend.cpu"}  # the operands of products
+    allowed |= {"mlx_zoo.verify.double"}  # likewise
     allowed |= {"mlx_zoo.backend.cuda"}  # heads and tokens
     allowed |= {"mlx_zoo.backend.transposed"}  # where weights lie in memory; their axes stay
     assert "mlx_zoo.mapping.layout" in found

@@ -163,7 +163,7 @@ def test_ctrl_c_keeps_the_step_at_work(kind, number, wanted, tmp_path, monkeypat
     [
         ({"epochs": 3}, "epochs 2 there, 3 here"),
         ({"seed": 1}, "seed 0 there, 1 here"),
-        ({"learning_rate": 0.01}, "learning_rate 0.0001 there, 0.01 here"),
+        ({"learning_rate": 0.01}, "learning_rate 0.001 there, 0.01 here"),
     ],
 )
 def test_other_options_are_refused(change, said, tmp_path):

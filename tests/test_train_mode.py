@@ -422,4 +422,5 @@ def test_twenty_steps_follow_pytorch(name, optimizer):
     assert len(losses["mlx_zoo"]) == 20
     np.testing.assert_allclose(losses["mlx_zoo"], losses["PyTorch float32"], rtol=1e-4)
     assert curves.apart(losses) < 1e-4
-    assert min(losses["mlx_zoo"]) < 0.97 * losses["mlx_zoo"][0], "nothing was learnt"
+    first, last = losses["mlx_zoo"][:2], losses["mlx_zoo"][-2:]  # of the two batches
+    assert all(after < 0.9 * before for before, after in zip(first, last, strict=True))

@@ -229,13 +229,13 @@ def batch_norm(
     gradients, are those of the whole batch then.
 
     Returns:
-        y like x; and in float32 mean (C,), variance (C,), and how many values they are of (1,).
+        y like x; and in float32 or wider mean (C,), variance (C,), and of how many values (1,).
         Of y alone are there gradients.
     """
     total = over_processes or (lambda sums: sums)
 
     def forward(x, weight, bias):
-        wide = x.astype(mx.float32)
+        wide = widened(x)
         sums = total(mx.concatenate([channel_sums(wide), mx.full((1,), x.size // x.shape[-1])]))
         count = sums[-1:]
         mean = sums[:-1] / count
@@ -252,8 +252,8 @@ def batch_norm(
     @function.vjp
     def vjp(primals, cotangents, outputs):  # fewer passes over the memory than MLX's own makes
         (x, weight, bias), (_, mean, var, count) = primals, outputs
-        dy, inverse = cotangents[0].astype(mx.float32), mx.rsqrt(var + eps)
-        centred = x.astype(mx.float32) - mean
+        dy, inverse = widened(cotangents[0]), mx.rsqrt(var + eps)
+        centred = widened(x) - mean
         own = mx.stack([channel_sums(dy), channel_sums(dy * centred)])
         constant, linear = total(own) / count  # of the whole batch
         dx = (weight * inverse) * (dy - centred * (linear * mx.square(inverse)) - constant)
@@ -261,6 +261,11 @@ def batch_norm(
         return dx.astype(x.dtype), dweight.astype(weight.dtype), dbias.astype(bias.dtype)
 
     return function(x, weight, bias)
+
+
+def widened(x: mx.array) -> mx.array:
+    """In float32, or float64 if it is."""
+    return x if x.dtype == mx.float64 else x.astype(mx.float32)
 
 
 def channel_sums(x: mx.array) -> mx.array:
@@ -278,7 +283,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float)
     if x.shape[-1] % 4 == 0 or not cuda.available():
         return mx.fast.layer_norm(x, weight, bias, eps)
     # Of other widths MLX's gradient is wrong on CUDA.
-    wide = x.astype(mx.float32)
+    wide = widened(x)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     inverse = mx.rsqrt(mx.square(centred).mean(axis=-1, keepdims=True) + eps)
     y = centred * inverse * weight

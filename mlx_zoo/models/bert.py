@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zoo.backend import ops
 from mlx_zoo.models.layers import (
     ACTIVATIONS,
     MLP,
@@ -263,7 +264,7 @@ class Bert(nn.Module):
     def embed(self, x: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         """Token vectors (B, N, D) -> sentence vectors, as sentence-transformers pools them."""
         seen = mx.ones(x.shape[:2]) if attention_mask is None else attention_mask
-        dtype, x = x.dtype, x.astype(mx.float32)  # sums and norms leave the range of half precision
+        dtype, x = x.dtype, ops.widened(x)  # sums and norms leave the range of half precision
         x = mx.concatenate([pool_tokens(x, seen, mode) for mode in self.config.pooling], axis=-1)
         for linear, dense in zip(self.dense, self.config.dense, strict=True):
             x = ACTIVATIONS[dense.act](linear(x))

@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "mish": lambda x: x * mx.tanh(mx.logaddexp(x, 0)),
     "hardswish": lambda x: x * mx.clip(x + 3, 0, 6) / 6,
     "laplace": lambda x: 0.5 * (1 + mx.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
-    "sigmoid": mx.sigmoid,
+    "sigmoid": lambda x: mx.sigmoid(x),
     "sqrtsoftplus": lambda x: mx.sqrt(mx.logaddexp(x, 0)),
     "tanh": mx.tanh,
     "linear": lambda x: x,
@@ -109,7 +109,7 @@ def hidden(visible: mx.array, dtype: mx.Dtype) -> mx.array:
     Half of the lowest number: a row in which nothing is visible stays a row of numbers, which -inf
     would not leave, nor the lowest itself: a score below 0 and it make -inf in float16.
     """
-    return mx.where(visible, 0, mx.finfo(dtype).min / 2).astype(dtype)
+    return mx.where(visible, mx.array(0, dtype), mx.array(mx.finfo(dtype).min / 2, dtype))
 
 
 class MLP(nn.Module):

@@ -259,6 +259,7 @@ def to_transformers(config: EfficientNetConfig) -> dict[str, Any]:
         "hidden_dim": config.head_width,
         "pooling_type": "mean",
         "batch_norm_eps": config.norm_eps,
+        "batch_norm_momentum": config.norm_momentum,
         "dropout_rate": config.dropout,
         "drop_connect_rate": config.drop_path,
     }

@@ -253,7 +253,8 @@ def _network(model: Any, found: Examples | Stream, task: str | None) -> nn.Modul
     if keeps:
         if count < len(checkpoint.labels):
             log.warning(
-                "%s knows these %d classes, and keeps its head of %d; load(..., num_classes=%d) makes a fresh one",
+                "%s knows these %d classes, and keeps its head of %d; load(..., num_classes=%d) "
+                "makes a fresh one",
                 *(checkpoint.name, count, len(checkpoint.labels), count),
             )
         return zoo.load(model, True, **head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from mlx_zoo.verify.preprocessing import compare_preprocessing
 from mlx_zoo.verify.published import Published, are_published, find_published
 from mlx_zoo.verify.quantized import against_full_precision
 from mlx_zoo.verify.report import TOLERANCES, PreprocessingDifference, Report
+from mlx_zoo.verify.trained import beside_its_export, is_trained
 
 __all__ = ["Report", "sweep", "verify"]
 
@@ -55,7 +56,8 @@ def verify(
     these very weights were verified against it before, here or on another machine; else what is
     published of its outputs. What the original answers is kept beside weights in the cache.
 
-    A quantised network is compared with its own weights in full precision: the report's `effect`
+    Of a network that `finetune` trained, the original is the publisher's class with what `export`
+    writes of its weights. A quantised network is compared with its own in full precision: `effect`
     says how often the top answer is the same, and a language model's perplexity before and after.
 
     Args:
@@ -67,8 +69,9 @@ def verify(
         seed: of the inputs.
         device: "cpu", or "gpu" for the default device, whose float32 may not be real float32. Its
             report has the comparison on the CPU beside it.
-        gradients: also compare the gradient of every parameter with PyTorch's in float64, in train
-            mode without dropout: `report.gradients`. The evidence must be the original.
+        gradients: also compare the gradient of every parameter with PyTorch's, in float64 and in
+            float32, in train mode without dropout: `report.gradients`. The evidence must be the
+            original.
 
     Returns:
         A Report; `.passed` says whether it is the same network, `.first_divergence` where not.
@@ -94,7 +97,8 @@ def verify(
         asked["gradients"] = gradients or None
         call = {"pretrained": pretrained, **options, **asked}
         facts = circumstances(model.checkpoint, given, call)
-        with _in_eval_mode(model):
+        its_export = is_trained(model.checkpoint) and getattr(model, "quantization", None) is None
+        with _in_eval_mode(model), beside_its_export(model) if its_export else nullcontext():
             report = _verified(model, place, evidence, size, seed, device, gradients, facts)
     return replace(report, seconds=time.perf_counter() - start)
 
@@ -135,6 +139,10 @@ def _check_is_the_checkpoints(model: nn.Module) -> None:
     """Random weights, a fresh head or an adapted input have no original."""
     if getattr(model, "checkpoint", None) is None:
         raise VerificationError("this network has random weights: there is nothing to compare with")
+    if getattr(model, "lora", None) is not None:
+        raise VerificationError(
+            "this network has adapters, which its original does not have: merge_lora(model) first"
+        )
     architecture, config = registry.of_model(model), model.config
     task, size = getattr(config, "task", None), architecture.head_size(config)
     own = model.checkpoint.config

@@ -34,8 +34,8 @@ def shapes(
 
 
 def as_numpy(x: mx.array) -> np.ndarray:
-    """In float32: NumPy has no bfloat16."""
-    return np.array(x.astype(mx.float32))
+    """In float32 or float64: NumPy has no bfloat16."""
+    return np.array(ops.widened(x))
 
 
 def image_size(model: nn.Module, size: int | None = None) -> int | tuple[int, int]:

@@ -76,11 +76,11 @@ def run_original(
         for name, pair in pairs.items()
         if isinstance(modules[name], nn.Embedding)
     }
-    library = checkpoint.reference.library
+    library, trained = checkpoint.reference.library, checkpoint.base_model is not None
     return Evidence(
         kind="original",
         what=f"{library} in {precision} and float64",
-        origin=f"{library} ran here, with the published weights",
+        origin=f"{library} ran here, with the {'exported' if trained else 'published'} weights",
         inputs=inputs,
         outputs={name: Answer(same_outputs[name], true_outputs[name]) for name in outputs},
         layers=answers,

@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_zoo.catalogue import Checkpoint, Reference
 from mlx_zoo.errors import CheckpointError, MissingDependency, MLXZooError, VerificationError
+from mlx_zoo.verify.replaced import replaced
 
 Arrays = dict[str, np.ndarray]
 
@@ -106,12 +107,10 @@ def gradients(
     targets: Mapping[str, np.ndarray],
     precision: str,
     batch_statistics: bool = True,
-    jitter: int | None = None,
 ) -> Arrays:
     """The gradients by the original's names, of the loss that `mlx_zoo.verify.gradients` defines.
 
     That of images is called as they are in `inputs`, and (B, H, W, C). Nothing is dropped out.
-    With a `jitter`, which seeds it, every weight is moved by some eight roundings of float32.
     """
     import torch
     from torch.nn import functional as F
@@ -122,13 +121,10 @@ def gradients(
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train(batch_statistics)
-    if jitter is not None:
-        generator = torch.Generator().manual_seed(jitter)
-        for p in model.parameters():
-            p.data *= 1 + 2.0**-20 * torch.randn(p.shape, generator=generator)
     given = {name: _tensor(x, dtype) for name, x in inputs.items()}
     images = {name: x.requires_grad_() for name, x in given.items() if x.ndim == 4}
-    output = model(*given.values()) if images else model(**given)
+    with _real_float64():
+        output = model(*given.values()) if images else model(**given)
     answers = _named(output)
     losses = [
         F.cross_entropy(answers[name].flatten(0, -2), torch.from_numpy(target).long().flatten())
@@ -138,6 +134,19 @@ def gradients(
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found |= {name: x.grad.permute(0, 2, 3, 1) for name, x in images.items()}
     return {name: _numpy(x) for name, x in found.items()}
+
+
+def _real_float64() -> AbstractContextManager[None]:
+    """For a while, a softmax in float64 stays in it: transformers casts attention's to float32."""
+    import torch
+    from torch.nn import functional as F
+
+    own = F.softmax
+
+    def softmax(x, dim=None, _stacklevel=3, dtype=None):
+        return own(x, dim, _stacklevel, None if x.dtype == torch.float64 else dtype)
+
+    return replaced([(F, "softmax", softmax)])
 
 
 def table(model: Any, name: str, precision: str) -> tuple[np.ndarray, np.ndarray]:
