@@ -8,10 +8,11 @@ and moved, with noise. Three networks have the same drawings and the same number
 others, which none of them has seen, they name
 
     95.8 %    fine-tuned in full
-    40.0 %    where the new head alone is trained: the features of digits are too few for letters
-    96.7 %    from random weights: what is this simple is learnt as fast without knowing digits
+    40.0 %    where the new head alone is trained
+    96.7 %    from random weights
 
-Each takes less than two minutes on two cores.
+Each takes less than two minutes on two cores. To know digits is of no use here: other drawings gave
+96.9 and 94.2 % for the first and the last. A network for photographs is another matter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Famous pretrained networks for Apple's MLX: one line loads the original weights, verified."""
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from mlx_zoo.backend.blas import load_fast_blas
 load_fast_blas()  # before anything imports mlx.core: afterwards it would have no effect
 
 from mlx_zoo import errors
+from mlx_zoo.lazy import lazily
 
 if TYPE_CHECKING:
     from mlx_zoo.backend.inference import optimize_for_inference
@@ -55,15 +55,7 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # which would take any name for one of these
-
-    def __getattr__(name):
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        return found
-
-    def __dir__():
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazily(globals(), _HOMES)
 
 
 class _Package(ModuleType):

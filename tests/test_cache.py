@@ -112,7 +112,7 @@ match sys.argv[1]:
     case "in the manifest":
         Path.write_text = then(Path.write_text, halve)
     case "before the flush":
-        cache._flush = die
+        cache.flush = die
     case "before the rename":
         Path.rename = die
     case "after the rename":
@@ -251,7 +251,7 @@ def test_a_stamp_that_cannot_be_written_leaves_the_last_one(cache, monkeypatch):
     load()
     entry = only_entry(cache)
     cache_module.stamp(entry, {"passed": True})
-    monkeypatch.setattr(cache_module, "_flush", fail(errno.ENOSPC))
+    monkeypatch.setattr(cache_module, "flush", fail(errno.ENOSPC))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         cache_module.stamp(entry, {"passed": False})
     assert entry.verification["passed"]
@@ -540,7 +540,7 @@ STEPS = {
     "making a folder": (cache_module, "working_folder"),
     "the weights": (cache_module, "save"),
     "the manifest": (Path, "write_text"),
-    "the flush": (cache_module, "_flush"),
+    "the flush": (cache_module, "flush"),
     "the rename": (Path, "rename"),
 }
 

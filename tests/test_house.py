@@ -34,6 +34,7 @@ TORCH = {"torch", "torchvision", "timm", "transformers", "sentence_transformers"
 # in the same folder is free. A new folder has to be given its place here.
 ARROWS = {
     "errors": (),
+    "lazy": (),
     "backend": ("errors",),
     "models": ("models.layers", "backend"),
     "mapping": ("errors",),
@@ -74,7 +75,7 @@ ARROWS = {
     "tasks": ("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub", "backend"),
     "training": (
         *("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "hub", "mapping"),
-        *("quantization", "tasks", "models", "backend", "verify.markup"),
+        *("quantization", "tasks", "models", "backend", "verify.markup", "lazy"),
     ),
     "benchmark": (
         *("zoo", "describe", "registry", "catalogue", "errors", "preprocess", "verify", "tasks"),

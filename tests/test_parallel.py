@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -63,51 +61,20 @@ def main(kind, output, options):
         sys.exit(3)
 
 
-def free_port():
-    """Of two in a row, the first."""
-    for port in random.Random(os.getpid()).sample(range(20000, 32000), 100):
-        try:
-            with (
-                socket.create_server(("127.0.0.1", port)),
-                socket.create_server(("127.0.0.1", port + 1)),
-            ):
-                return port
-        except OSError:
-            continue
-    raise AssertionError("no free port")
-
-
 def alone(kind, output, **options):
     train(kind, output, **options)
     return weights(output)
 
 
 def launch(kind, output, **options):
-    """`mlx.launch -n 2 -- python ...` over loopback."""
-    place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = [shutil.which("mlx.launch", path=place), "-n", 2, "--backend", "ring"]
-    command += ["--starting-port", free_port(), "--", sys.executable, "-c", TRAIN]
-    command += [kind, output, json.dumps(options)]
-    silent, ours = os.pipe()  # at the end of its input it would spin
-    try:
-        done = subprocess.run(
-            [*map(str, command)],
-            env=environment(),
-            stdin=silent,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    finally:
-        os.close(silent)
-        os.close(ours)
+    done = launching.launch(2, "-c", TRAIN, kind, output, json.dumps(options), env=environment())
     assert (output / "model").exists(), done.stdout + done.stderr
     return weights(output)
 
 
 def crew(tmp_path, kind, output, *options):
     """Two processes as mlx.launch starts them, but nobody ends one if the other dies."""
-    port, hosts = free_port(), tmp_path / "hosts.json"
+    port, hosts = launching.free_port(), tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(2)]))
     started = []
     for rank, own in enumerate(options):

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import time
 import weakref
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -639,39 +639,9 @@ def test_a_full_disk(folder, tmp_path):
 # Shared -----------------------------------------------------------------------------------------
 
 
-def free_port():
-    """Of two in a row, the first."""
-    for port in random.Random(os.getpid()).sample(range(20000, 32000), 100):
-        try:
-            with (
-                socket.create_server(("127.0.0.1", port)),
-                socket.create_server(("127.0.0.1", port + 1)),
-            ):
-                return port
-        except OSError:
-            continue
-    raise AssertionError("no free port")
-
-
 def launch(count, *words):
-    """`mlx.launch -n count -- mlx-zoo ...` over loopback."""
-    place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    script = shutil.which("mlx.launch", path=place)
-    command = [script, "-n", count, "--backend", "ring", "--starting-port", free_port()]
-    command += ["--", sys.executable, "-m", "mlx_zoo", *words]
-    silent, ours = os.pipe()  # at the end of its input it would spin
-    try:
-        return subprocess.run(
-            [*map(str, command)],
-            env=environment(),
-            stdin=silent,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    finally:
-        os.close(silent)
-        os.close(ours)
+    """`mlx.launch -n count -- mlx-zoo ...`."""
+    return launching.launch(count, "-m", "mlx_zoo", *words, env=environment())
 
 
 def test_two_processes_share_the_work(folder, sentences, tmp_path):
@@ -747,7 +717,7 @@ except MLXZooError as error:
 
 def crew(tmp_path, *members):
     """Processes as mlx.launch starts them, but on their own: nobody ends one if another dies."""
-    port, hosts = free_port(), tmp_path / "hosts.json"
+    port, hosts = launching.free_port(), tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(len(members))]))
     started = []
     for rank, words in enumerate(members):

@@ -300,7 +300,7 @@ def store(
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         manifest = write_folder(work, weights, {"key": key, **manifest, "created": created})
         for written in (*work.iterdir(), work):
-            _flush(written)
+            flush(written)
         for retry in (True, False):
             try:
                 work.rename(path)
@@ -310,7 +310,7 @@ def store(
                     return other
                 if not retry:  # what was in the way, and damaged, was set aside just now
                     raise
-        _flush(path.parent)
+        flush(path.parent)
         return Entry(path, manifest, (state_of(path / WEIGHTS),))
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -414,7 +414,7 @@ def keep(entry: Entry, name: str, data: bytes) -> None:
     part = entry.path / f".{uuid.uuid4().hex}.part"
     try:
         part.write_bytes(data)
-        _flush(part)
+        flush(part)
         part.replace(entry.path / name)
     finally:
         part.unlink(missing_ok=True)
@@ -534,7 +534,7 @@ def quarantine(root: Path, path: Path, reason: Exception | str) -> None:
         log.warning("%s cannot be set aside: %s", path, failure)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to put a file or folder on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

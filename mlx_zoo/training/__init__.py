@@ -5,8 +5,9 @@
 `optimizers`).
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mlx_zoo.lazy import lazily
 
 if TYPE_CHECKING:
     from mlx_zoo.training.augmentation import Augmentation
@@ -40,12 +41,4 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # which would take any name for one of these
-
-    def __getattr__(name):
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        return found
-
-    def __dir__():
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazily(globals(), _HOMES)

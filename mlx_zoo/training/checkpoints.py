@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zoo.errors import MLXZooError
+from mlx_zoo.hub.cache import flush
 from mlx_zoo.hub.checkpoint import read_safetensors
 from mlx_zoo.hub.reading import Hashing
 from mlx_zoo.hub.safetensors_header import read_header
@@ -179,18 +180,6 @@ class Checkpoints:
             if digest.hexdigest() != hashes[ARRAYS]:
                 raise MLXZooError(f"{ARRAYS} does not have the sha256 that was written")
         return state, arrays
-
-
-def flush(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # a network's file system may not know how to flush a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, text: str) -> None:
