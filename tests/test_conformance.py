@@ -44,7 +44,9 @@ NEEDS_NO_CASE = {
     "mx.load": "a file's bytes: the hub's tests",
     "nn.Module": "a class without arithmetic",
     "nn.Identity": "returns what it is given",
-    "nn.LayerNorm": "its parameters; layers.LayerNorm, which computes, has a case",
+    **dict.fromkeys(
+        ("nn.LayerNorm", "nn.GroupNorm"), "parameters; those of layers, which compute, have cases"
+    ),
     "nn.init.he_normal": "fresh weights, which are never compared",
     "nn.init.normal": "fresh weights, which are never compared",
     "nn.quantize": "replaces layers: quantize, dequantize and quantized_matmul have cases",

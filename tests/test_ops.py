@@ -29,6 +29,9 @@ ACTIVATIONS = {
 }
 
 
+KERNELS = ("gelu", "gelu_tanh", "silu", "attention", "depthwise")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     mx.random.seed(0)
@@ -56,7 +59,7 @@ def used(monkeypatch):
 
         return run
 
-    for name in ("gelu", "gelu_tanh", "silu", "attention", "depthwise"):
+    for name in (*KERNELS, *(f"{name}_backward" for name in (*KERNELS, "convolution", "max_pool"))):
         monkeypatch.setattr(cpu, name, noting(name, getattr(cpu, name)))
     return names
 
@@ -182,6 +185,200 @@ def test_many_images_are_convolved_a_few_at_a_time(monkeypatch):
     assert largest(found, own(x, w, padding=1)) < 1e-6
 
 
+# Gradients --------------------------------------------------------------------------------------
+
+
+def pulled(function, *arrays):
+    """The gradients from that of a result, which does not lie row by row in memory."""
+    dy = mx.random.normal(function(*arrays).shape[::-1], key=mx.random.key(3)).transpose()
+    return mx.vjp(function, list(arrays), [dy])[1], dy
+
+
+def are_close(found, truth, bound=1e-5):
+    for ours, other in zip(found, truth, strict=True):
+        assert largest(ours, mx.array(other)) <= bound * max(1, np.abs(np.array(other)).max())
+
+
+def in_float64(function, *arrays, dy):
+    """PyTorch's gradients."""
+    arrays = [torch.from_numpy(np.array(x)).double().requires_grad_() for x in arrays]
+    function(*arrays).backward(torch.from_numpy(np.array(dy)).double())
+    return [x.grad.float().numpy() for x in arrays]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_activations_are_those_of_pytorch_in_float64(name, vectors, used):
+    ours, theirs = ACTIVATIONS[name]
+    ends = np.float32([0.0, -0.0, 1e30, -1e30])
+    x = mx.array(np.concatenate([np.linspace(-120, 120, 200_001, dtype=np.float32), ends]))
+    found = mx.grad(lambda x: ours(x).sum())(x)
+    assert used == [used[0], f"{used[0]}_backward"]
+    truth = torch.from_numpy(np.array(x)).clamp(-200, 200).double().requires_grad_()
+    theirs(truth).sum().backward()
+    assert largest(found, mx.array(truth.grad.float().numpy())) < 4e-7
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_activations_of_arrays_in_any_layout(name, used):
+    x = (mx.random.normal((64, 8, 128)) * 3)[:, ::2].swapaxes(0, 2)
+    function = ACTIVATIONS[name][0]
+    found, _ = pulled(function, x)
+    are_close(found, plainly(lambda: pulled(function, x)[0]), 1e-6)
+    assert len(used) == 3  # the result's shape is asked for, too
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rows", [1, 2**19])
+def test_gradients_of_attention(mask, rows, vectors, used, monkeypatch):
+    monkeypatch.setattr(cpu, "ROWS", rows * 4 * 90 * 11)  # in several blocks, or in one
+    q, k, v = (mx.random.normal((2, n, 4, 16)).swapaxes(1, 2) for n in (70, 90, 90))
+
+    def attention(q, k, v):
+        return ops.attention(q, k, v, scale=0.5, mask=MASKS[mask])
+
+    found, dy = pulled(attention, q, k, v)
+    assert ("attention_backward" in used) == (mask in ("none", "causal", "bool"))
+
+    def theirs(q, k, v):
+        scores = 0.5 * q @ k.mT
+        if mask == "causal":
+            scores = scores + torch.full((70, 90), -math.inf, dtype=torch.double).triu(21)
+        elif mask != "none":
+            added = MASKS[mask]
+            if added.dtype == mx.bool_:
+                added = mx.where(added, 0, -1e30)
+            scores = scores + torch.from_numpy(np.array(added))
+        return scores.softmax(-1) @ v
+
+    if mask != "nothing":  # whose weights PyTorch would not see as constants
+        are_close(found, in_float64(theirs, q, k, v, dy=dy), 2e-6)
+    are_close(found, plainly(lambda: pulled(attention, q, k, v)[0]), 2e-6)
+
+
+GRADIENTS = [
+    (size, kernel, stride, padding, groups)
+    for size, kernel, stride, groups in itertools.product(
+        [(13, 10), (8, 9)], (1, 3, 5, 7), (1, 2, 3), (1, 4, 8)
+    )
+    for padding in sorted({0, 1, kernel // 2})
+]
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding", "groups"), GRADIENTS)
+def test_gradients_of_convolutions(size, kernel, stride, padding, groups, used, monkeypatch):
+    monkeypatch.setattr(ops, "FEW", 1)
+    monkeypatch.setattr(ops, "IM2COL_BYTES", 2 * 4 * 8 * kernel**2 * math.prod(size))
+    monkeypatch.setattr(cpu, "BLOCK", 100)
+    x = mx.random.normal((3, *size[::-1], 8)).swapaxes(1, 2)
+    w = mx.random.normal((8, kernel, kernel, 8 // groups))
+    b = mx.random.normal((8,)) if stride == 2 else None
+    arrays = [x, w] if b is None else [x, w, b]
+
+    def convolution(x, w, b=None):
+        options = {"stride": (stride,) * 2, "padding": (padding,) * 2, "groups": groups}
+        return ops.conv2d(x, w, b, **options)
+
+    found, dy = pulled(convolution, *arrays)
+    mx.eval(found)
+    kernels = {name for name in used if name.endswith("_backward")}
+    if groups == 1 and (kernel, padding) != (1, 0):
+        assert kernels == {"convolution_backward"}
+    elif groups == 8:
+        assert kernels == {"depthwise_backward"}
+    are_close(found, plainly(lambda: pulled(convolution, *arrays)[0]))
+
+    def theirs(x, w, b=None):
+        x, w = x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2)
+        return F.conv2d(x, w, b, stride, padding, groups=groups).permute(0, 2, 3, 1)
+
+    are_close(found, in_float64(theirs, *arrays, dy=dy))
+
+
+def test_gradients_of_convolutions_of_oblongs(used, monkeypatch):
+    monkeypatch.setattr(ops, "FEW", 1)
+    x, w = mx.random.normal((2, 11, 14, 8)), mx.random.normal((6, 3, 5, 8))
+
+    def convolution(x, w):
+        return ops.conv2d(x, w, stride=(3, 2), padding=(0, 2))
+
+    found, _ = pulled(convolution, x, w)
+    assert "convolution_backward" in used
+    are_close(found, plainly(lambda: pulled(convolution, x, w)[0]))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0)]
+)
+def test_gradients_of_pooling(kernel, stride, padding, used, monkeypatch):
+    """Where several are the largest, as MLX gives them."""
+    monkeypatch.setattr(ops, "FEW", 1)
+    x = mx.random.normal((2, 9, 12, 8))
+
+    def pool(x):
+        return ops.max_pool(x, kernel, stride, padding)
+
+    def theirs(x):
+        return F.max_pool2d(x.permute(0, 3, 1, 2), kernel, stride, padding).permute(0, 2, 3, 1)
+
+    found, dy = pulled(pool, x)
+    assert used == ["max_pool_backward"]
+    are_close(found, in_float64(theirs, x, dy=dy), 1e-6)
+    for other in (mx.round(x), mx.maximum(x, 0), -mx.ones_like(x)):
+        are_close(pulled(pool, other)[0], plainly(lambda x=other: pulled(pool, x)[0]), 1e-6)
+
+
+def test_gradients_add_up_where_an_array_is_used_again(monkeypatch):
+    monkeypatch.setattr(ops, "FEW", 1)
+    x, w = mx.random.normal((2, 9, 8, 8)), mx.random.normal((8, 3, 3, 8)) / 8
+
+    def twice(x, w):
+        y = ops.conv2d(x, w, padding=(1, 1))
+        return ops.gelu(ops.conv2d(y + x, w, stride=(2, 2), padding=(1, 1))).sum() + y.sum()
+
+    slopes = mx.grad(twice, argnums=(0, 1))
+    before = np.array(x)
+    found = slopes(x, w)
+    are_close(found, plainly(slopes, x, w))
+    are_close(mx.compile(slopes)(x, w), found)
+    np.testing.assert_array_equal(np.array(x), before)
+
+
+def test_gradients_for_many_at_once_and_of_gradients(monkeypatch):
+    monkeypatch.setattr(ops, "FEW", 1)
+    x, w = mx.random.normal((3, 2, 9, 8, 8)), mx.random.normal((8, 3, 3, 8)) / 8
+
+    def loss(x, w):
+        return (ops.silu(ops.conv2d(x, w, stride=(2, 2), padding=(1, 1))) ** 2).sum()
+
+    slopes = mx.grad(loss)
+    are_close([mx.vmap(slopes, in_axes=(0, None))(x, w)], [mx.stack([slopes(x, w) for x in x])])
+    curvature = mx.grad(lambda w: (slopes(x[0], w) ** 2).sum())
+    are_close([curvature(w)], [plainly(curvature, w)])
+    dys = mx.random.normal((3, 2, 9, 8, 8))
+    jacobian = mx.vmap(lambda dy: mx.vjp(ops.silu, [x[0]], [dy])[1][0])
+    are_close([jacobian(dys)], [plainly(jacobian, dys)])
+
+
+@pytest.mark.parametrize("of", ["gelu", "attention"])
+def test_forward_derivatives_of_gradients(of):
+    q, direction = mx.random.normal((2, 2, 4, 64, 64))
+
+    def loss(q):
+        y = ops.gelu(q) if of == "gelu" else ops.attention(q, q, q, scale=0.1, mask="causal")
+        return (y**2).sum()
+
+    def product(q):
+        return mx.jvp(mx.grad(loss), [q], [direction])[1][0]
+
+    are_close([product(q)], [plainly(product, q)])
+
+
+def test_gradients_that_are_not_finite_do_not_warn():
+    x = mx.full((2, 32, 32, 8), math.nan)
+    for function in (ops.gelu, ops.gelu_tanh, ops.silu, lambda x: ops.max_pool(x, 3, 2, 1)):
+        assert mx.isnan(mx.grad(lambda x, f=function: f(x).sum())(x)).all().item()
+
+
 # When they are used -----------------------------------------------------------------------------
 
 
@@ -234,9 +431,9 @@ def test_gradients_are_those_of_the_operations(used):
 
     gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
     found = gradient(*arrays)
-    assert set(used) == {"gelu", "gelu_tanh", "silu", "attention", "depthwise"}
+    assert set(used) == {*KERNELS, *(f"{name}_backward" for name in KERNELS)}
     for ours, truth in zip(found, plainly(gradient, *arrays), strict=True):
-        assert largest(ours, truth) < 1e-5 * mx.abs(truth).max().item()
+        assert largest(ours, truth) < 3e-5 * mx.abs(truth).max().item()  # roundings, through five
 
 
 def test_forward_derivatives_are_those_of_the_operations():
@@ -319,6 +516,11 @@ def odd_arrays():
 @pytest.mark.parametrize(("name", "arrays"), list(odd_arrays()))
 def test_attention_of_arrays_that_lie_oddly_in_memory(name, arrays):
     assert is_close(*of_both(*arrays, scale=0.25))
+
+    def slopes(q, k, v):
+        return pulled(lambda q, k, v: ops.attention(q, k, v, scale=0.25), q, k, v)[0]
+
+    are_close(slopes(*arrays), plainly(slopes, *arrays))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])

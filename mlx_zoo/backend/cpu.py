@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,8 @@ import numpy as np
 
 from mlx_zoo.backend.blas import load_fast_blas
 
-quiet = np.errstate(over="ignore", invalid="ignore")  # infinity is the right answer, or leads to it
+# Infinity is the right answer, or leads to it.
+quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 BLOCK = 2**16  # elements that stay in a core's cache from one pass to the next
 ROWS = 2**19  # of attention's scores, of all heads: fewer would make its products small
 # Of MKL's vector mathematics (mkl_vml_defines.h): the last bit may be wrong; nothing is reported.
@@ -35,6 +37,9 @@ LOGIT_OF_NORMAL = (
 )
 
 
+Arrays = list[mx.array]
+
+
 @quiet
 def gelu(x: mx.array) -> mx.array:
     """x * Phi(x), of the standard normal distribution."""
@@ -45,14 +50,40 @@ def gelu(x: mx.array) -> mx.array:
         _vector("vmsMul", a, b, b)
         return y
     for a, b in _blocks(x, y):
-        square = np.minimum(a * a, np.float32(5.5**2))
-        b[...] = np.float32(LOGIT_OF_NORMAL[-1])
-        for factor in LOGIT_OF_NORMAL[-2::-1]:
-            b *= square
-            b += np.float32(factor)
+        _fill_logit_of_normal(np.minimum(a * a, np.float32(5.5**2)), b)
         b *= a
         _over_one_plus_exp(a, b)
     return y
+
+
+def _fill_logit_of_normal(square: np.ndarray, out: np.ndarray) -> None:
+    """log(Phi(-x) / Phi(x)) / x of x^2, into `out`."""
+    out[...] = np.float32(LOGIT_OF_NORMAL[-1])
+    for factor in LOGIT_OF_NORMAL[-2::-1]:
+        out *= square
+        out += np.float32(factor)
+
+
+@quiet
+def gelu_backward(x: mx.array, dy: mx.array) -> Arrays:
+    """dy (Phi(x) + x phi(x))."""
+    x, dx = _pair(x)
+    dy = _in_one_piece(dy)
+    for a, d, b in _blocks(x, dy, dx):
+        square = a * a
+        if _mkl():
+            _vector("vmsCdfNorm", a, b)
+        else:
+            _fill_logit_of_normal(np.minimum(square, np.float32(5.5**2)), b)
+            b *= a
+            _over_one_plus_exp(np.float32(1), b)
+        square *= np.float32(-0.5)
+        _exp(square)
+        square *= np.float32(1 / np.sqrt(2 * np.pi))
+        square *= a
+        b += square
+        b *= d
+    return [dx]
 
 
 @quiet
@@ -70,6 +101,26 @@ def gelu_tanh(x: mx.array) -> mx.array:
 
 
 @quiet
+def gelu_tanh_backward(x: mx.array, dy: mx.array) -> Arrays:
+    """dy s (1 + 2 x u' (1 - s)), where s = 1 / (1 + exp(-2u))."""
+    factor = 2 * np.float32(np.sqrt(2 / np.pi))
+    x, dx = _pair(x)
+    dy = _in_one_piece(dy)
+    for a, d, b in _blocks(x, dy, dx):
+        a = np.clip(a, -10, 10)  # s is 0 or 1 outside
+        cubic = a * a
+        cubic *= factor * np.float32(0.044715)
+        np.add(cubic, factor, out=b)
+        b *= -a  # -2u
+        cubic *= 3
+        cubic += factor
+        cubic *= a  # 2 x u'
+        _slope_of_gate(b, cubic)
+        b *= d
+    return [dx]
+
+
+@quiet
 def silu(x: mx.array, beta: float = 1.0) -> mx.array:
     """x / (1 + exp(-beta x))."""
     x, y = _pair(x)
@@ -80,21 +131,77 @@ def silu(x: mx.array, beta: float = 1.0) -> mx.array:
 
 
 @quiet
+def silu_backward(x: mx.array, dy: mx.array, beta: float = 1.0) -> Arrays:
+    """dy s (1 + beta x (1 - s)), where s = 1 / (1 + exp(-beta x))."""
+    x, dx = _pair(x)
+    dy = _in_one_piece(dy)
+    for a, d, b in _blocks(x, dy, dx):
+        a = np.clip(a * np.float32(beta), -80, 80)  # s is 0 or 1 outside
+        np.negative(a, out=b)
+        _slope_of_gate(b, a)
+        b *= d
+    return [dx]
+
+
+@quiet
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """softmax(scale q k^T + mask) v for q (B, heads, N, D), k and v (B, heads, M, D).
 
-    As many rows of scores at a time as stay in the cache; where the mask is "causal", without the
-    keys that none of these rows sees. The sums divide the small result, not the weights.
+    The sums divide the small result, not the weights.
     """
-    (B, heads, N, D), M = q.shape, k.shape[2]
-    y = mx.zeros((B, heads, N, D))
+    y = mx.zeros(q.shape)
+    mx.eval(v, y)
+    values, out = _rows(v), _rows(y)
+    for b, rows, seen, weights in _weights(q, k, scale, mask):
+        block = out[b, :, rows]
+        _products(weights, values[b, :, seen], block)
+        block /= weights.sum(axis=-1, keepdims=True)
+    return y
+
+
+@quiet
+def attention_backward(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    dy: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+) -> Arrays:
+    """The gradients of q, k and v, from that of attention's result."""
+    gradients = [mx.zeros(x.shape) for x in (q, k, v)]
+    mx.eval(q, k, v, dy, gradients)
+    queries, keys, values, given = (_rows(x) for x in (q, k, v, dy))
+    dq, dk, dv = (_rows(x) for x in gradients)
+    for b, rows, seen, weights in _weights(q, k, scale, mask):
+        weights /= weights.sum(axis=-1, keepdims=True)
+        dv[b, :, seen] += weights.swapaxes(1, 2) @ given[b, :, rows]
+        slopes = np.empty_like(weights)  # of the weights, then of the scaled scores
+        _products(given[b, :, rows], values[b, :, seen].swapaxes(1, 2), slopes)
+        slopes -= np.einsum("hnm,hnm->hn", slopes, weights)[..., None]
+        slopes *= weights
+        slopes *= np.float32(scale)
+        _products(slopes, keys[b, :, seen], dq[b, :, rows])
+        dk[b, :, seen] += slopes.swapaxes(1, 2) @ queries[b, :, rows]
+    return gradients
+
+
+def _weights(
+    q: mx.array, k: mx.array, scale: float, mask: mx.array | str | None
+) -> Iterator[tuple[int, slice, slice, np.ndarray]]:
+    """Image, rows, keys, and the weights (heads, rows, keys) of attention, not yet divided.
+
+    As many rows of scores at a time as stay in the cache; where the mask is "causal", without the
+    keys that none of these rows sees. The memory of the weights is used again.
+    """
+    (B, heads, N, _), M = q.shape, k.shape[2]
     causal, added = isinstance(mask, str), None
     if isinstance(mask, mx.array):
         added = mx.broadcast_to(mask, (B, heads, N, M))
-    mx.eval(q, k, v, y, added)
-    queries, keys, values, out = (_rows(x) for x in (q, k, v, y))
+    mx.eval(q, k, added)
+    queries, keys = _rows(q), _rows(k)
     size = min(N, max(1, ROWS // (heads * M)))
     room = np.empty(heads * size * M, np.float32)
     later = np.triu(np.full((size, size), -np.inf, np.float32), 1)
@@ -111,10 +218,7 @@ def attention(
                 weights += np.asarray(added)[b, :, top:end]
             weights -= weights.max(axis=-1, keepdims=True)
             _exp(weights)
-            block = out[b, :, top:end]
-            _products(weights, values[b, :, :seen], block)
-            block /= weights.sum(axis=-1, keepdims=True)
-    return y
+            yield b, slice(top, end), slice(seen), weights
 
 
 def depthwise(
@@ -160,6 +264,95 @@ def depthwise(
     return y
 
 
+@quiet
+def depthwise_backward(
+    x: mx.array, weight: mx.array, *bias_and_dy: mx.array, stride: int = 1, padding: int = 0
+) -> Arrays:
+    """The gradients of x, of the weight, and of the bias if there is one, from dy's: the last."""
+    *bias, dy = bias_and_dy
+    _, H, W, C = x.shape
+    B, high, wide, _ = dy.shape
+    k = weight.shape[1]
+    dx, dweight = mx.zeros(x.shape), mx.zeros(weight.shape)
+    mx.eval(x, weight, dy, dx, dweight)
+    image, given, into = np.asarray(x), np.asarray(dy), np.asarray(dx)
+    taps = np.moveaxis(np.asarray(weight)[..., 0], 0, -1)  # (k, k, C)
+    taps = np.ascontiguousarray(np.broadcast_to(taps[:, :, None], (k, k, wide, C)))
+    slopes = np.moveaxis(np.asarray(dweight)[..., 0], 0, -1)
+    columns = [_meeting(j - padding, stride, W, 0, wide) for j in range(k)]
+
+    step = max(1, BLOCK // (wide * C))
+    products = np.empty((step, wide, C), np.float32)
+    for b in range(B):
+        for top in range(0, high, step):
+            for i in range(k):
+                end = min(high, top + step)
+                here, there = _meeting(i - padding, stride, H, top, end)
+                for j, (left, right) in enumerate(columns):
+                    block = given[b, here, left]
+                    product = products[: len(block), left]
+                    np.multiply(block, taps[i, j, left], out=product)
+                    into[b, there, right] += product
+                    np.multiply(block, image[b, there, right], out=product)
+                    slopes[i, j] += product.sum(axis=(0, 1))
+    return [dx, dweight, *(dy.sum(axis=(0, 1, 2)) for _ in bias)]
+
+
+@quiet
+def convolution_backward(
+    x: mx.array, weight: mx.array, dy: mx.array, stride: tuple[int, int], padding: tuple[int, int]
+) -> mx.array:
+    """The gradient of x (B, H, W, C): what the taps of all windows get, summed up."""
+    D, *kernel, C = weight.shape
+    dx, taps = mx.zeros(x.shape), dy.reshape(-1, D) @ weight.reshape(D, -1)
+    mx.eval(dx, taps)
+    meetings = _meetings(x.shape[1:3], dy.shape[1:3], kernel, stride, padding)
+    parts = np.asarray(taps).reshape(*dy.shape[:3], *kernel, C)
+    for into, part in zip(np.asarray(dx), parts, strict=True):
+        for tap, here, there in meetings:
+            into[there] += part[here + tap]
+    return dx
+
+
+@quiet
+def max_pool_backward(x: mx.array, dy: mx.array, k: int, stride: int, padding: int) -> Arrays:
+    """Of each window, dy in equal parts for those that are the largest."""
+    dx = mx.zeros(x.shape)
+    mx.eval(x, dy, dx)
+    sizes = ((size, size) for size in (k, stride, padding))
+    meetings = _meetings(x.shape[1:3], dy.shape[1:3], *sizes)
+    top, count = np.empty((2, *dy.shape[1:]), np.float32)
+    for image, given, into in zip(*map(np.asarray, (x, dy, dx)), strict=True):
+        top[...], count[...] = -np.inf, 0
+        for _, here, there in meetings:
+            np.maximum(top[here], image[there], out=top[here])
+        for _, here, there in meetings:
+            count[here] += top[here] == image[there]
+        np.divide(given, count, out=count)
+        for _, here, there in meetings:
+            into[there] += count[here] * (top[here] == image[there])
+    return [dx]
+
+
+Place = tuple[slice, slice]
+
+
+def _meetings(
+    image: Sequence[int],
+    output: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> list[tuple[tuple[int, ...], Place, Place]]:
+    """Each tap of a kernel, the outputs where it lies on the image, and the pixels it lies on."""
+    found = []
+    for tap in itertools.product(*map(range, kernel)):
+        sides = zip(tap, padding, stride, image, output, strict=True)
+        (a, b), (c, d) = (_meeting(t - p, step, size, 0, end) for t, p, step, size, end in sides)
+        found.append((tap, (a, c), (b, d)))
+    return found
+
+
 def _meeting(shift: int, stride: int, size: int, first: int, end: int) -> tuple[slice, slice]:
     """The outputs `first` to `end` of which a tap lies on the image, and the pixels it lies on."""
     first = max(first, -(shift // stride) if shift < 0 else 0)
@@ -173,10 +366,16 @@ def _meeting(shift: int, stride: int, size: int, first: int, end: int) -> tuple[
 
 def _pair(x: mx.array) -> tuple[mx.array, mx.array]:
     """`x` in one piece of memory, and a new array like it; both evaluated."""
-    x = mx.contiguous(x)
-    y = mx.zeros_like(x)
-    mx.eval(x, y)
+    x, y = _in_one_piece(x), mx.zeros_like(x)
+    mx.eval(y)
     return x, y
+
+
+def _in_one_piece(x: mx.array) -> mx.array:
+    """`x`, evaluated, in one piece of memory."""
+    x = mx.contiguous(x)
+    mx.eval(x)
+    return x
 
 
 def _flat(x: mx.array) -> np.ndarray:
@@ -215,7 +414,19 @@ def _exp(x: np.ndarray) -> None:
     _vector("vmsExp", x, x) if _mkl() else np.exp(x, out=x)
 
 
-def _over_one_plus_exp(x: np.ndarray, out: np.ndarray) -> None:
+def _slope_of_gate(out: np.ndarray, rise: np.ndarray) -> None:
+    """s (1 + rise (1 - s)), where s = 1 / (1 + exp(out)), into `out`. Changes `rise`."""
+    _exp(out)
+    odds = out.copy()
+    out += 1
+    np.divide(np.float32(1), out, out=out)
+    odds *= out  # 1 - s, without what that rounds away
+    rise *= odds
+    rise += 1
+    out *= rise
+
+
+def _over_one_plus_exp(x: np.ndarray | np.float32, out: np.ndarray) -> None:
     """x / (1 + exp(out)), into `out`."""
     _exp(out)
     out += 1

@@ -1,8 +1,8 @@
 """Operations that networks call, and whose fastest way differs by device.
 
 Each computes what its docstring says in MLX's own operations, or hands over to a kernel that gives
-the same up to a few roundings, and was measured to be faster: `cpu` on Linux, `cuda`. Gradients are
-those of MLX's operations in any case.
+the same up to a few roundings, and was measured to be faster: `cpu` on Linux, `cuda`. So it is with
+gradients, which have kernels on Linux's CPU alone.
 
 MLX_ZOO_KERNELS=off in the environment, or `with plain():`, leaves everything to MLX; batches are
 not divided then, either.
@@ -28,6 +28,7 @@ from mlx_zoo.backend import cpu, cuda
 FEW = 2**11  # elements
 FEW_SCORES = 2**14  # of attention
 IM2COL_BYTES = 2**24  # of the patches that a convolution on the CPU lays out at a time
+IMAGE_CHANNELS = 4  # at most: an image is rarely trained, and its gradient would be for nothing
 
 # To collect kernels into CUDA's graphs costs more than it saves where each runs for long: 10 to
 # 25 % of a forward pass on an H200; decoding, of small kernels, is 6 % faster with them. MLX reads
@@ -70,12 +71,16 @@ def without_gradients() -> Iterator[None]:
 
     To MLX they are constants then, so nothing may be differentiated through them.
     """
-    before = getattr(_here, "without_gradients", False)
+    before = _without_gradients()
     _here.without_gradients = True
     try:
         yield
     finally:
         _here.without_gradients = before
+
+
+def _without_gradients() -> bool:
+    return getattr(_here, "without_gradients", False)
 
 
 def is_enabled() -> bool:
@@ -92,7 +97,8 @@ def gelu(x: mx.array) -> mx.array:
     def exact(x):
         return x * (1 + mx.erf(x * math.sqrt(0.5))) * 0.5
 
-    return _fastest(exact, x, on_cpu=cpu.gelu, on_cuda=partial(cuda.activate, act="gelu"))
+    on_cuda = partial(cuda.activate, act="gelu")
+    return _fastest(exact, x, on_cpu=cpu.gelu, backward=cpu.gelu_backward, on_cuda=on_cuda)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
@@ -101,7 +107,9 @@ def gelu_tanh(x: mx.array) -> mx.array:
     def exact(x):
         return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
-    return _fastest(exact, x, on_cpu=cpu.gelu_tanh, on_cuda=partial(cuda.activate, act="gelu_new"))
+    on_cuda = partial(cuda.activate, act="gelu_new")
+    backward = cpu.gelu_tanh_backward
+    return _fastest(exact, x, on_cpu=cpu.gelu_tanh, backward=backward, on_cuda=on_cuda)
 
 
 def silu(x: mx.array, beta: float = 1.0) -> mx.array:
@@ -111,7 +119,8 @@ def silu(x: mx.array, beta: float = 1.0) -> mx.array:
         return x * mx.sigmoid(x if beta == 1 else beta * x)
 
     on_cuda = partial(cuda.activate, act="silu") if beta == 1 else None
-    return _fastest(exact, x, on_cpu=lambda x: cpu.silu(x, beta), on_cuda=on_cuda)
+    on_cpu, backward = partial(cpu.silu, beta=beta), partial(cpu.silu_backward, beta=beta)
+    return _fastest(exact, x, on_cpu=on_cpu, backward=backward, on_cuda=on_cuda)
 
 
 def attention(
@@ -131,9 +140,10 @@ def attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=added)
 
     def on_cpu(q, k, v, added=visible):
-        if isinstance(added, mx.array) and added.dtype == mx.bool_:
-            added = mx.where(added, 0, mx.finfo(q.dtype).min / 2)
-        return cpu.attention(q, k, v, scale, added)
+        return cpu.attention(q, k, v, scale, _as_added(added, q.dtype))
+
+    def backward(q, k, v, dy):
+        return cpu.attention_backward(q, k, v, dy, scale, _as_added(visible, q.dtype))
 
     def on_cuda(q, k, v, added=visible):
         return cuda.attention(q, k, v, scale, added)
@@ -141,13 +151,21 @@ def attention(
     (_, heads, N, _), M = q.shape, k.shape[2]
     is_large = math.prod(q.shape[:3]) * M >= FEW_SCORES
     is_usual = heads == k.shape[1] and k.shape == v.shape
-    is_usual = is_usual and (N <= M or not isinstance(mask, str))
+    is_ours = is_large and is_usual and (N <= M or not isinstance(mask, str))
     return _fastest(
         exact,
         *arrays,
-        on_cpu=on_cpu if is_large and is_usual else None,
+        on_cpu=on_cpu if is_ours else None,
+        backward=backward if is_ours and len(arrays) == 3 else None,
         on_cuda=on_cuda if cuda.attends(q, k, v, mask) else None,
     )
+
+
+def _as_added(mask: mx.array | str | None, dtype: mx.Dtype) -> mx.array | str | None:
+    """What a mask of attention adds to the scores, where it is a matrix."""
+    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+        return mx.where(mask, 0, mx.finfo(dtype).min / 2)
+    return mask
 
 
 def conv2d(
@@ -178,6 +196,7 @@ def conv2d(
         exact,
         *((x, weight) if bias is None else (x, weight, bias)),
         on_cpu=partial(cpu.depthwise, stride=stride[0], padding=padding[0]),
+        backward=partial(cpu.depthwise_backward, stride=stride[0], padding=padding[0]),
         on_cuda=on_cuda if cuda.convolves(x, weight) else None,
     )
 
@@ -198,14 +217,28 @@ def _convolved(
     padding: tuple[int, int],
     groups: int,
 ) -> mx.array:
-    """As conv2d, without bias. On the CPU a few images at a time, whose patches fit the cache."""
+    """As conv2d, without bias. On the CPU a few images at a time, whose patches fit the cache.
+
+    The gradient of x has a kernel because MLX takes up to 100 times as long where the stride is 2.
+    """
     num_pixels = math.prod(x.shape[1:3]) // math.prod(stride)
     patches = num_pixels * math.prod(weight.shape[1:3]) * x.shape[-1]
     size = max(1, IM2COL_BYTES // max(1, patches * x.dtype.size))
-    if not is_enabled() or len(x) <= size or mx.default_device() != mx.cpu:
+
+    def exact(x, weight):
         return mx.conv2d(x, weight, stride, padding, groups=groups)
-    parts = (x[i : i + size] for i in range(0, len(x), size))
-    return mx.concatenate([mx.conv2d(x, weight, stride, padding, groups=groups) for x in parts])
+
+    def backward(x, weight, dy):
+        dweight = mx.vjp(partial(exact, x), [weight], [dy])[1]
+        return [cpu.convolution_backward(x, weight, dy, stride, padding), *dweight]
+
+    if not is_enabled() or mx.default_device() != mx.cpu:
+        return exact(x, weight)
+    has_backward = groups == 1 and x.shape[-1] > IMAGE_CHANNELS
+    convolved = partial(_fastest, exact, backward=backward if has_backward else None)
+    if len(x) <= size:
+        return convolved(x, weight)
+    return mx.concatenate([convolved(x[i : i + size], weight) for i in range(0, len(x), size)])
 
 
 def spatial_mean(x: mx.array) -> mx.array:
@@ -278,7 +311,7 @@ def channel_sums(x: mx.array) -> mx.array:
     return x
 
 
-def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
     """Each vector of x (..., D) by its own mean and deviation."""
     if x.shape[-1] % 4 == 0 or not cuda.available():
         return mx.fast.layer_norm(x, weight, bias, eps)
@@ -286,7 +319,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float)
     wide = widened(x)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     inverse = mx.rsqrt(mx.square(centred).mean(axis=-1, keepdims=True) + eps)
-    y = centred * inverse * weight
+    y = centred * inverse if weight is None else centred * inverse * weight
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
@@ -294,22 +327,33 @@ def max_pool(x: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
     """The largest of each window: (B, H, W, C) -> (B, H', W', C). Padding is never the largest."""
     exact = nn.MaxPool2d(kernel, stride, padding)
     on_cuda = partial(cuda.max_pool, k=kernel, stride=stride, padding=padding)
-    return _fastest(exact, x, on_cuda=on_cuda)
+    backward = partial(cpu.max_pool_backward, k=kernel, stride=stride, padding=padding)
+    return _fastest(exact, x, backward=backward, on_cuda=on_cuda)
 
 
 # Choosing ---------------------------------------------------------------------------------------
 
 Kernel = Callable[..., mx.array]
+Backward = Callable[..., list[mx.array]]
 
 
 def _fastest(
-    exact: Kernel, *arrays: mx.array, on_cpu: Kernel | None = None, on_cuda: Kernel | None = None
+    exact: Kernel,
+    *arrays: mx.array,
+    on_cpu: Kernel | None = None,
+    backward: Backward | None = None,
+    on_cuda: Kernel | None = None,
 ) -> mx.array:
-    """What `exact` computes of the arrays, by a kernel where one is given for them and pays."""
+    """What `exact` computes of the arrays, by a kernel where one is given for them and pays.
+
+    `backward` is a kernel of the CPU for the gradients, of the arrays and that of the result.
+    """
+    if backward and not on_cpu and not _without_gradients():
+        on_cpu = exact
     if on_cuda and use_cuda_kernels(arrays):
         return _differentiable(on_cuda, exact)(*arrays)
     if on_cpu and arrays[0].size >= FEW and use_cpu_kernels(arrays) and have_values(*arrays):
-        return _differentiable(on_cpu, exact)(*arrays)
+        return _differentiable(on_cpu, exact, backward)(*arrays)
     return exact(*arrays)
 
 
@@ -341,21 +385,34 @@ def have_values(*arrays: Any) -> bool:
     return True
 
 
-def _differentiable(kernel: Kernel, exact: Kernel) -> Kernel:
-    """`kernel`, with the derivatives of `exact`, which computes the same."""
-    if getattr(_here, "without_gradients", False):
+def _differentiable(kernel: Any, exact: Any, backward: Backward | None = None) -> Any:
+    """`kernel`, with the derivatives of `exact`, which computes the same.
+
+    `backward` is a kernel for the CPU that computes the gradients of `exact`.
+    """
+    if _without_gradients():
         return kernel
     function: Any = mx.custom_function(kernel)
 
     @function.vjp
     def vjp(primals, cotangents, outputs):
-        _, found = mx.vjp(exact, _as_list(primals), _as_list(cotangents))
+        count, arrays = len(_as_list(primals)), [*_as_list(primals), *_as_list(cotangents)]
+
+        def pulled(*arrays):
+            return mx.vjp(exact, list(arrays[:count]), list(arrays[count:]))[1]
+
+        if backward and use_cpu_kernels(arrays) and have_values(*arrays):
+            found = _differentiable(backward, pulled)(*arrays)
+        else:
+            found = pulled(*arrays)
         return found if isinstance(primals, (tuple, list)) else found[0]
 
     @function.jvp
     def jvp(primals, tangents):
-        _, found = mx.jvp(exact, _as_list(primals), _as_list(tangents))
-        return found[0]
+        pairs = zip(_as_list(primals), _as_list(tangents), strict=True)
+        tangents = [mx.zeros_like(x) if tangent is None else tangent for x, tangent in pairs]
+        _, found = mx.jvp(exact, _as_list(primals), tangents)
+        return found[0] if len(found) == 1 else found
 
     @function.vmap
     def vmap(inputs, axes):

@@ -133,6 +133,20 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.get("bias"), self.eps)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalization (Wu & He 2018, arXiv:1803.08494), the channels grouped as in PyTorch."""
+
+    def __init__(self, num_groups: int, dims: int, eps: float = 1e-5):
+        super().__init__(num_groups, dims, eps, pytorch_compatible=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        groups = mx.unflatten(x.flatten(1, -2), 2, (self.num_groups, -1))
+        groups = groups.swapaxes(1, 2)  # (B, groups, H * W, C / groups)
+        y = ops.layer_norm(groups.flatten(2), None, None, self.eps)
+        y = y.reshape(groups.shape).swapaxes(1, 2).reshape(x.shape)
+        return self.weight * y + self.bias
+
+
 class BatchNorm(nn.BatchNorm):
     """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167). (..., C) -> (..., C).
 

@@ -23,6 +23,7 @@ from mlx_zoo.models.layers import (
     BatchNorm,
     Conv2d,
     DropPath,
+    GroupNorm,
     MaxPool2d,
     as_images,
     check_choice,
@@ -198,8 +199,8 @@ class SqueezeExcite(nn.Module):
         return x * mx.sigmoid(self.fc2(y))
 
 
-def group_norm(dims: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, dims, pytorch_compatible=True)
+def group_norm(dims: int) -> GroupNorm:
+    return GroupNorm(32, dims)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm, "group": group_norm}

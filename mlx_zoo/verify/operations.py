@@ -332,7 +332,7 @@ def layer_norm(x, w, b, *, eps):
 
 
 def group_norm(x, w, b, *, groups, eps):
-    layer = nn.GroupNorm(groups, x.shape[-1], eps, pytorch_compatible=True)
+    layer = layers.GroupNorm(groups, x.shape[-1], eps)
     return filled(layer, weight=w, bias=b)(x)
 
 
