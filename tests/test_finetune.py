@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 import mlx_zoo
 from mlx_zoo.backend.processes import Crew
-from mlx_zoo.errors import CheckpointError, MLXZooError, VerificationError
+from mlx_zoo.errors import CheckpointError, MLXZooError
 from mlx_zoo.mapping import engine
 from mlx_zoo.training import LoRA, load_adapter, optimizers, steps
 from mlx_zoo.training.data import Batch
@@ -347,8 +347,7 @@ def test_a_vision_model_is_its_own_checkpoint(tmp_path):
     assert said[0] == said[1]
     assert {answer["label"] for answer in said[0]} == {*model.checkpoint.labels}
     for network in (model, again):
-        with pytest.raises(VerificationError):
-            mlx_zoo.verify(network)
+        assert mlx_zoo.verify(network).passed  # test_trained.py has more of that
     mlx_zoo.export(model, tmp_path / "exported.safetensors")
     exported = mlx_zoo.load("resnet_digits", tmp_path / "exported.safetensors", num_classes=3)
     assert same_network(model, exported)

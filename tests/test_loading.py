@@ -48,6 +48,7 @@ def test_import_alone_brings_in_the_blas_and_little_else():
     assert {*python(code)} <= {
         "mlx_zoo",
         "mlx_zoo.errors",
+        "mlx_zoo.lazy",
         "mlx_zoo.backend",
         "mlx_zoo.backend.blas",
     }
