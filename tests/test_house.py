@@ -55,7 +55,7 @@ ARROWS = {
     ),
     "exporting": (
         *("describe", "registry", "catalogue", "errors", "hub", "mapping", "preprocess"),
-        *("models.layers", "backend"),
+        *("models.layers", "backend", "zoo"),
     ),
     "verify": (
         "zoo",

@@ -22,7 +22,7 @@ from mlx_zoo.errors import UnsupportedConfig
 from mlx_zoo.mapping import engine
 from mlx_zoo.models.layers import ACTIVATIONS
 from mlx_zoo.preprocess.files import read_optional_json
-from mlx_zoo.preprocess.image import Preprocessing
+from mlx_zoo.preprocess.image import Preprocessing, as_sides
 
 SIZES = ("num_classes", "in_chans", "img_size")  # that every publisher's constructor takes
 # Of config.json, what another file says, or what is said anew.
@@ -109,7 +109,7 @@ def _of_timm(model: nn.Module, dialect: str) -> dict[str, Any]:
     architecture, config = registry.of_model(model), model.config
     original = _original(model, "timm")
     how = getattr(getattr(model, "checkpoint", None), "preprocessing", None)
-    height, width = _sides(getattr(config, "img_size", how.size if how else 224))
+    height, width = as_sides(getattr(config, "img_size", how.size if how else 224))
     spec = architecture.spec(dialect, config)
     found: dict[str, Any] = {
         "architecture": original.name,
@@ -160,7 +160,7 @@ def _timm_preprocessing(how: Preprocessing) -> dict[str, Any]:
         "crop_mode": how.crop_mode,
     }
     if how.test_size and how.test_resize:
-        height, width = _sides(how.test_size)
+        height, width = as_sides(how.test_size)
         said["test_input_size"] = [len(how.mean), height, width]
         said["test_crop_pct"] = _crop_pct(how.test_size, how.test_resize)
     return said
@@ -168,7 +168,7 @@ def _timm_preprocessing(how: Preprocessing) -> dict[str, Any]:
 
 def _crop_pct(size: Any, resize: Any) -> float:
     """The part that is cropped, as short as it gives `resize` again by timm's rounding."""
-    (side, _), (wanted, _) = _sides(size), _sides(resize)
+    (side, _), (wanted, _) = as_sides(size), as_sides(resize)
     exact = side / wanted
     candidates = (*(round(exact, digits) for digits in range(2, 6)), exact, side / (wanted + 0.5))
     return next(x for x in candidates if x and timm_resize(side, x) == wanted)
@@ -310,7 +310,3 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)

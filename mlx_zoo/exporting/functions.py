@@ -30,7 +30,8 @@ from mlx_zoo import registry
 from mlx_zoo.backend import ops
 from mlx_zoo.backend.inference import original_of
 from mlx_zoo.hub import cache
-from mlx_zoo.mapping import engine
+from mlx_zoo.preprocess.image import as_sides
+from mlx_zoo.zoo import kind_of
 
 LENGTH = 128  # tokens, where nobody says how many
 
@@ -135,10 +136,7 @@ def _images(model: nn.Module, batch: int, size: int | tuple[int, int] | None) ->
     if size is None:
         how = getattr(getattr(model, "checkpoint", None), "preprocessing", None)
         size = getattr(model.config, "img_size", how.size if how else 224)
-    height, width = size if isinstance(size, tuple) else (size, size)
-    kinds = (x.dtype for x in engine.parameters(model).values())
-    kind = next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
-    return (mx.zeros((batch, height, width, model.config.in_chans), kind),)
+    return (mx.zeros((batch, *as_sides(size), model.config.in_chans), kind_of(model)),)
 
 
 def _tokens(model: nn.Module, batch: int, length: int) -> tuple[mx.array, mx.array]:

@@ -96,7 +96,7 @@ class Preprocessing:
         """The same at another size: as published for `test_size`, else in proportion."""
         if size == self.test_size and self.test_resize is not None:
             return replace(self, size=size, resize=self.test_resize)
-        sides = zip(_sides(size), _sides(self.size), _sides(self.resize), strict=True)
+        sides = zip(as_sides(size), as_sides(self.size), as_sides(self.resize), strict=True)
         height, width = (new * resize // old for new, old, resize in sides)
         return replace(self, size=size, resize=height if height == width else (height, width))
 
@@ -149,7 +149,7 @@ def _cropped(image: Image, how: Preprocessing) -> Image:
     """The centre of the resized image, of `how.size`."""
     from PIL import Image
 
-    crop, new = _sides(how.size)[::-1], _resized(image.size, how)  # (W, H), as Pillow has it
+    crop, new = as_sides(how.size)[::-1], _resized(image.size, how)  # (W, H), as Pillow has it
     start = [_crop_start(*sides, how.floor_crop) for sides in zip(new, crop, strict=True)]
     first, last = (0, 0), new
     if math.prod(new) > MAX_RESIZED:
@@ -171,7 +171,7 @@ def _cropped(image: Image, how: Preprocessing) -> Image:
 
 def _resized(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
     """(W, H) of the image before it is cropped, given that of the image itself."""
-    (width, height), (new_height, new_width) = size, _sides(how.resize)
+    (width, height), (new_height, new_width) = size, as_sides(how.resize)
     if how.crop_mode == "squash":
         return new_width, new_height
     if how.crop_mode == "center" and new_height == new_width:
@@ -189,7 +189,7 @@ def _crop_start(side: int, crop: int, floor: bool) -> int:
     return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
 
 
-def _sides(size: Size) -> tuple[int, int]:
+def as_sides(size: Size) -> tuple[int, int]:
     """(H, W)."""
     return (size, size) if isinstance(size, int) else size
 

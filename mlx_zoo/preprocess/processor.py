@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_zoo.errors import UnsupportedConfig
-from mlx_zoo.preprocess.image import Preprocessing, Size
+from mlx_zoo.preprocess.image import Preprocessing, Size, as_sides
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -126,7 +126,7 @@ def write_processor(how: Preprocessing) -> dict[str, Any] | None:
 
 
 def _height_width(size: Size) -> dict[str, int]:
-    height, width = size if isinstance(size, tuple) else (size, size)
+    height, width = as_sides(size)
     return {"height": height, "width": width}
 
 

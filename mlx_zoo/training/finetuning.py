@@ -24,6 +24,7 @@ from mlx_zoo.catalogue import random_state_kept
 from mlx_zoo.hub import cache
 from mlx_zoo.mapping import engine
 from mlx_zoo.models.layers import BatchNorm, check_choice
+from mlx_zoo.preprocess.image import as_sides
 from mlx_zoo.tasks.batches import check_count
 from mlx_zoo.training.checkpoints import Checkpoints
 from mlx_zoo.training.curves import write_curves
@@ -332,9 +333,8 @@ def _problem_of_one(model: nn.Module, train: Dataset, norms: list[BatchNorm]) ->
     """What BatchNorm says of a batch of one image. Its shape tells: nothing is computed."""
     assert isinstance(train.prepare, PrepareImages)
     how, before = train.prepare.how, [(m.running_mean, m.running_var) for m in norms]
-    sides = how.size if isinstance(how.size, tuple) else (how.size, how.size)
     try:
-        model(mx.zeros((1, *sides, len(how.mean))))
+        model(mx.zeros((1, *as_sides(how.size), len(how.mean))))
     except ValueError as error:
         return str(error)
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_zoo import registry
 from mlx_zoo.catalogue import Checkpoint, timm_resize
 from mlx_zoo.errors import UnsupportedConfig
-from mlx_zoo.preprocess.image import THREADS, Preprocessing, opened, preprocess
+from mlx_zoo.preprocess.image import THREADS, Preprocessing, as_sides, opened, preprocess
 from mlx_zoo.training.augmentation import Augmentation
 
 USUAL_SIZE, USUAL_CROP = 224, 0.875  # of a network of random weights that says nothing of its own
@@ -33,8 +33,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         how = like.preprocessing
     size = getattr(config, "img_size", how.size if how else USUAL_SIZE)
     if how is None:
-        sides = size if isinstance(size, tuple) else (size, size)
-        height, width = (timm_resize(side, USUAL_CROP) for side in sides)
+        height, width = (timm_resize(side, USUAL_CROP) for side in as_sides(size))
         how = Preprocessing(size=size, resize=height if height == width else (height, width))
     fitting = how.of_channels(config.in_chans)
     if fitting is None:
@@ -90,10 +89,10 @@ class PrepareImages:
     def varied(self, image: Any, rng: np.random.Generator) -> np.ndarray:
         """(H, W, C)."""
         assert self.augmentation is not None
-        size = self.how.size if isinstance(self.how.size, tuple) else (self.how.size,) * 2
-        seen = self.augmentation(opened(image, self.how), size, self.how.interpolation, rng)
+        how, size = self.how, as_sides(self.how.size)
+        seen = self.augmentation(opened(image, how), size, how.interpolation, rng)
         # It has its size: what is left to do is to scale and to normalise.
-        return preprocess(seen, replace(self.how, resize=self.how.size, crop_mode="squash"))[0]
+        return preprocess(seen, replace(how, resize=how.size, crop_mode="squash"))[0]
 
 
 def check_files(images: Sequence[Any]) -> None:
